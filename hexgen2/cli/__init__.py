@@ -1,0 +1,1 @@
+"""The ``hexgen2`` command."""

@@ -1,0 +1,113 @@
+"""Configuration of every process: the only definition of each field, its default, its limits and its help text.
+
+Read from YAML (``load``) or from command-line flags made from the same fields (``cli.options``).
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def home() -> Path:
+    """Where models, traces, logs and run files are kept: ``$HEXGEN2_HOME`` or ``~/.cache/hexgen2``."""
+    return Path(os.environ.get("HEXGEN2_HOME", "~/.cache/hexgen2")).expanduser()
+
+
+class Config(BaseModel):
+    """Base: unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VllmEngineConfig(Config):
+    """A vLLM engine. Names are vLLM's own."""
+
+    kind: Literal["vllm"] = "vllm"
+    model: Path = Field(description="Hugging Face model folder")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights and KV; auto is float32 on CPU and the model's own on GPU"
+    )
+    max_model_len: int | None = Field(None, ge=8, description="prompt and answer together, in tokens")
+    max_num_seqs: int = Field(32, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=16, description="tokens per step; 256 on CPU, vLLM's own on GPU")
+    tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    block_size: int | None = Field(None, ge=1)
+    kv_cache_bytes: int | None = Field(None, ge=MIB, description="engine KV cache; 1 GiB on CPU, vLLM's own on GPU")
+    omp_num_threads: int = Field(1, ge=1, description="OpenMP threads per rank on CPU")
+
+
+class EmulatedEngineConfig(Config):
+    """An engine whose times come from figures and whose tokens come from its KV bytes."""
+
+    kind: Literal["emulated"] = "emulated"
+    name: str = "emulated"
+    prefill_tokens_per_s: float = Field(20_000.0, gt=0)
+    decode_step_base_s: float = Field(0.002, ge=0, description="a decode step's time with an empty batch")
+    decode_step_per_request_s: float = Field(0.0001, ge=0, description="and what each request in the batch adds")
+    num_layers: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(8, ge=2)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    vocab_size: int = Field(512, ge=8)
+    max_model_len: int = Field(8192, ge=8)
+    max_num_seqs: int = Field(64, ge=1)
+    max_num_batched_tokens: int = Field(512, ge=16)
+    tensor_parallel_size: int = Field(1, ge=1)
+
+
+EngineConfig = Annotated[VllmEngineConfig | EmulatedEngineConfig, Field(discriminator="kind")]
+
+
+class KvConfig(Config):
+    """The KV hand-off of one worker. Sizes are per rank."""
+
+    transport: Literal["auto", "ucx", "tcp"] = Field("auto", description="auto is ucx where NIXL is installed, else tcp; the choice is logged")
+    host: str = Field("127.0.0.1", description="address that the KV plane binds and tells its peers (TCP transport)")
+    send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker")
+    staging_bytes: int = Field(256 * MIB, ge=1, description="staging of a decode worker")
+    landing_bytes: int = Field(64 * MIB, ge=1, description="registered memory that reads land in")
+    max_queued: int = Field(256, ge=0, description="requests that may wait for memory; one more is refused with 503")
+
+
+class WorkerConfig(Config):
+    """A prefill or a decode worker."""
+
+    role: Literal["prefill", "decode"]
+    replica_id: str = Field("", max_length=64, description="default: the role and the port")
+    listen: str = Field("127.0.0.1:0", description="host:port of the gRPC service")
+    advertise: str = Field("", description="host:port that others dial; default: where it listens")
+    coordinator: str = "127.0.0.1:50052"
+    metrics_listen: str = Field("", description="host:port of Prometheus metrics; empty: none")
+    engine: EngineConfig
+    kv: KvConfig = KvConfig()
+    drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end after SIGTERM")
+
+
+class CoordinatorConfig(Config):
+    """The coordinator."""
+
+    listen: str = "127.0.0.1:50052"
+    metrics_listen: str = ""
+    lost_after_s: float = Field(5.0, gt=0, description="a worker silent for so long is lost")
+    drain_s: float = Field(5.0, ge=0)
+
+
+class GatewayConfig(Config):
+    """The gateway: gRPC and OpenAI-compatible HTTP."""
+
+    listen: str = "127.0.0.1:50051"
+    http_listen: str = "127.0.0.1:8000"
+    coordinator: str = "127.0.0.1:50052"
+    model: Path = Field(description="folder with tokenizer.json and the chat template")
+    served_model_name: str = Field("", description="default: the folder's name")
+    max_model_len: int | None = Field(None, ge=8, description="default: the smallest of the plan's replicas")
+    request_timeout_s: float = Field(300.0, gt=0, description="deadline of a request whose client set none")
+    max_body_bytes: int = Field(8 * MIB, ge=1024)
+    max_concurrent_requests: int = Field(512, ge=1)
+    drain_s: float = Field(30.0, ge=0)

@@ -1,0 +1,1 @@
+"""Engines: one Protocol, vLLM and an emulated one."""

@@ -1,0 +1,1 @@
+"""The KV hand-off: what is moved, who holds it, how it travels."""

@@ -1,0 +1,65 @@
+"""What moves bytes between ranks: one-sided reads, posted and polled by the one thread that owns it.
+
+The reader names where bytes land, so nothing but the reader ever writes its memory. Implementations:
+``ucx.UcxTransport`` (NIXL over UCX), ``tcp.TcpTransport`` (plain sockets), ``memory.MemoryTransport``
+(same process, for tests). None is thread-safe: the KV agent's thread calls every method.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransportError(Exception):
+    """A read cannot be posted or did not succeed: the peer is gone, refused, or the endpoint is not ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """``num_bytes`` from ``remote_offset`` in the peer's registered buffer to ``local_offset`` in ours."""
+
+    remote_offset: int
+    local_offset: int
+    num_bytes: int
+
+
+class Transport(Protocol):
+    """See the module. Life: ``register`` once, then ``read``/``poll`` until ``close``."""
+
+    #: "ucx", "tcp" or "memory": both sides of a transfer must have the same.
+    name: str
+
+    def register(self, send: "torch.Tensor | None", landing: "torch.Tensor | None") -> None:
+        """Make ``send`` (uint8, 1-d, contiguous) readable by peers and ``landing`` writable by our reads."""
+
+    def endpoint(self) -> bytes:
+        """What a peer needs to read our send buffer. Opaque, stable after ``register``."""
+
+    def describe(self) -> str:
+        """For people: the name and what is beneath it, e.g. ``ucx (tcp, shm)``."""
+
+    def read(self, endpoint: bytes, spans: Sequence[Span]) -> int:
+        """Post one read of all spans and return its handle. Does not block on the network.
+
+        Raises:
+            TransportError: the read cannot even be posted.
+        """
+
+    def poll(self) -> Sequence[tuple[int, TransportError | None]]:
+        """Make progress, both for our reads and for peers that read from us.
+
+        Returns the handles whose reads are *over* since the last call, each with its error or None.
+        Only when a handle has been returned will nothing write its landing bytes any more.
+        """
+
+    def serving(self, active: bool) -> None:
+        """Whether peers may be reading from us now, so that ``poll`` is needed even without own reads."""
+
+    def needs_poll(self) -> bool:
+        """Whether the owner must poll (about every 0.2 ms) or may sleep until it has work."""
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""

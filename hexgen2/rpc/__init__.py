@@ -1,0 +1,1 @@
+"""The gRPC edge: servers, channels, interceptors, messages to and from the domain."""

@@ -1,0 +1,1 @@
+"""Thin processes over the ``hexgen2`` library: receive, call, send."""
