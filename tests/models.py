@@ -1,4 +1,4 @@
-"""Makes small random Llama models in Hugging Face form: real files, real tokenizer, a second to write, milliseconds to run."""
+"""Makes small random Llama models in Hugging Face form: real files, a real tokenizer, milliseconds to run."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def make_tiny_llama(
     random = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return (random.standard_normal((rows, columns)) * gain / columns**0.5).astype(np.float32)
+        return np.asarray(random.standard_normal((rows, columns)) * (gain / columns**0.5), np.float32)
 
     ones = np.ones(hidden, np.float32)
     weights = {
