@@ -26,6 +26,17 @@ class Span:
     num_bytes: int
 
 
+def check_spans(spans: Sequence[Span], send_bytes: int, landing_bytes: int) -> None:
+    """Raise TransportError unless all spans are within both buffers."""
+    for span in spans:
+        if min(span.num_bytes, span.remote_offset, span.local_offset) < 0:
+            raise TransportError(f"{span} has a negative field")
+        if span.remote_offset + span.num_bytes > send_bytes:
+            raise TransportError(f"{span} is outside the peer's send buffer of {send_bytes} bytes")
+        if span.local_offset + span.num_bytes > landing_bytes:
+            raise TransportError(f"{span} is outside our landing buffer of {landing_bytes} bytes")
+
+
 class Transport(Protocol):
     """See the module. Life: ``register`` once, then ``read``/``poll`` until ``close``."""
 
@@ -59,7 +70,13 @@ class Transport(Protocol):
         """Whether peers may be reading from us now, so that ``poll`` is needed even without own reads."""
 
     def needs_poll(self) -> bool:
-        """Whether the owner must poll (about every 0.2 ms) or may sleep until it has work."""
+        """Whether the owner must poll (every 0.2 ms) or may sleep until it has work or a ``selectable`` wakes it."""
+
+    def selectable(self) -> Sequence[int]:
+        """File descriptors, the same from ``register`` to ``close``, readable when ``poll`` has something to do.
+
+        The owner must watch them while it sleeps. TCP needs no other polling; UCX cannot wake anybody and has none.
+        """
 
     def close(self) -> None:
         """Release everything. Idempotent."""
