@@ -1,0 +1,107 @@
+"""Prometheus metrics: every name, its labels and its buckets. Names and buckets mirror vLLM's.
+
+prometheus_client adds ``_total`` to the names of counters.
+"""
+
+import errno
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from hexgen2.address import format_address, parse_address, port_in_use
+from hexgen2.errors import ConfigError
+
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0),
+    *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_E2E_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+TIME_TO_FIRST_TOKEN_SECONDS = Histogram(
+    "hexgen2:time_to_first_token_seconds", "From the request to its first token.", buckets=_TTFT_BUCKETS
+)
+TIME_PER_OUTPUT_TOKEN_SECONDS = Histogram(
+    "hexgen2:time_per_output_token_seconds",
+    "Mean time per output token after the first, of one request.",
+    buckets=_TOKEN_BUCKETS,
+)
+INTER_TOKEN_LATENCY_SECONDS = Histogram(
+    "hexgen2:inter_token_latency_seconds", "Gap between two tokens of a request.", buckets=_TOKEN_BUCKETS
+)
+E2E_REQUEST_LATENCY_SECONDS = Histogram(
+    "hexgen2:e2e_request_latency_seconds", "From the request to its last token.", buckets=_E2E_BUCKETS
+)
+PROMPT_TOKENS = Counter("hexgen2:prompt_tokens", "Prompt tokens read.")
+GENERATION_TOKENS = Counter("hexgen2:generation_tokens", "Output tokens sampled.")
+REQUEST_SUCCESS = Counter("hexgen2:request_success", "Requests that ended well.", ["finished_reason"])
+NUM_REQUESTS_RUNNING = Gauge("hexgen2:num_requests_running", "Requests that the engine is working on.")
+NUM_REQUESTS_WAITING = Gauge("hexgen2:num_requests_waiting", "Requests that wait for memory or the engine.")
+
+KV_TRANSFERS = Counter("hexgen2:kv_transfers", "KV hand-offs by how they ended.", ["state"])
+KV_BYTES = Counter("hexgen2:kv_bytes", "KV bytes handed over.", ["transport", "codec", "direction"])
+KV_TRANSFER_SECONDS = Histogram(
+    "hexgen2:kv_transfer_seconds", "From FetchKv's first message to the last verified byte.", buckets=_TTFT_BUCKETS
+)
+KV_DIGEST_FAILURES = Counter("hexgen2:kv_digest_failures", "KV pieces that did not match their digest.")
+KV_REFUSED = Counter("hexgen2:kv_refused", "KV hand-offs that were refused.", ["reason"])
+KV_POOL_BYTES_USED = Gauge("hexgen2:kv_pool_bytes_used", "Bytes in use of a KV pool.", ["pool"])
+KV_POOL_BYTES_TOTAL = Gauge("hexgen2:kv_pool_bytes_total", "Bytes of a KV pool.", ["pool"])
+KV_QUARANTINE_BYTES = Gauge(
+    "hexgen2:kv_quarantine_bytes", "Landing memory that is kept apart because its read did not end."
+)
+RECOMPUTED_TOKENS = Counter("hexgen2:recomputed_tokens", "Tokens computed again after the engine pre-empted a request.")
+KV_TRANSPORT_INFO = Gauge("hexgen2:kv_transport_info", "1 for the transport in use.", ["transport", "detail"])
+
+
+class MetricsServer:
+    """``/metrics`` of this process. ``address`` is host:port as bound."""
+
+    def __init__(self, address: str, server: WSGIServer, thread: threading.Thread) -> None:
+        self.address = address
+        self._server = server
+        self._thread = thread
+
+    def close(self) -> None:
+        """Stop listening. Idempotent."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def serve_metrics(listen: str) -> MetricsServer:
+    """Serve this process's metrics on ``listen`` (host:port, port 0 for any) from a thread of its own.
+
+    Raises:
+        ConfigError: the address cannot be bound; one line with the remedy.
+    """
+    host, port = parse_address(listen, what="metrics_listen")
+    try:
+        server, thread = start_http_server(port, host)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise port_in_use(listen) from None
+        raise ConfigError(f"metrics_listen: cannot listen on {listen}: {error.strerror}") from None
+    return MetricsServer(format_address(host, server.server_port), server, thread)
+
+
+@contextmanager
+def metrics_served(listen: str) -> Iterator[str]:
+    """``serve_metrics`` for the length of a block; an empty ``listen`` serves none. Yields the address, or ""."""
+    if not listen:
+        yield ""
+        return
+    server = serve_metrics(listen)
+    try:
+        yield server.address
+    finally:
+        server.close()

@@ -1,0 +1,142 @@
+"""A gRPC server with what every service here has: health, reflection, keepalive, limits and a two-stage stop."""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from hexgen2.address import check_free, format_address, parse_address, port_in_use
+from hexgen2.rpc.client import MAX_MESSAGE_BYTES
+from hexgen2.rpc.interceptors import ServerInterceptor
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Two servers on one port would share its calls at random.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Clients ping every 10 s; by default a server hangs up on pings less than five minutes apart.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # And a client that is gone without a word must not hold memory.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+
+log = structlog.get_logger(__name__)
+
+
+class GrpcServer:
+    """Life: ``add`` each service, ``start``, ``set_serving(True)`` once ready, ``stop``.
+
+    ``interceptors`` run inside the one that traces and translates errors; ``untraced`` methods get no span.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        *,
+        untraced: frozenset[str] = frozenset(),
+    ) -> None:
+        self._listen = listen
+        self._extra = tuple(interceptors)
+        self._untraced = untraced
+        self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
+        self._server: grpc.aio.Server | None = None
+
+    def add(self, add_fn: Callable[[Any, grpc.aio.Server], None], servicer: Any, full_service_name: str) -> None:
+        """Serve ``servicer``: ``add(add_GatewayServicer_to_server, servicer, "hexgen2.v1.Gateway")``."""
+        self._services[full_service_name] = lambda server: add_fn(servicer, server)
+
+    async def start(self) -> str:
+        """Listen, and return host:port as really bound. Not serving by its health until ``set_serving(True)``.
+
+        Raises:
+            ConfigError: the address cannot be bound; one line with the remedy.
+        """
+        host, port = parse_address(self._listen, what="listen")
+        if port:
+            check_free(self._listen)
+        self._calls = ServerInterceptor(self._untraced)
+        server = grpc.aio.server(interceptors=(self._calls, *self._extra), options=_OPTIONS)
+        for add in self._services.values():
+            add(server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        try:
+            bound = server.add_insecure_port(self._listen)
+        except RuntimeError:
+            # Taken between the check and here.
+            raise port_in_use(self._listen) from None
+        self._server = server
+        await self.set_serving(False)
+        await server.start()
+        return format_address(host, bound)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell ``grpc.health.v1``, for each service and overall."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._services):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give running ones ``grace_s``, cancel the rest. Idempotent; a second call may shorten."""
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        async with asyncio.TaskGroup() as tasks:
+            stopping = tasks.create_task(self._server.stop(grace_s))
+            idle = tasks.create_task(self._calls.wait_idle())
+            await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
+            idle.cancel()
+            # What is left are health watches and reflection, which would last the whole grace.
+            await self._server.stop(None)
+
+
+async def run_until_signal(start: Callable[[], Awaitable[object]], drain: Callable[[], Awaitable[object]]) -> None:
+    """Await ``start()``, wait for SIGTERM or SIGINT, then await ``drain()`` and return.
+
+    A signal during ``start`` cancels it and returns; a second one during ``drain`` cancels that and returns, so
+    that the caller's ``finally`` frees everything at once. After the return signals act as by default.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    signalled = asyncio.Event()
+    stage: asyncio.Task[object] | None = None
+
+    def on_signal(number: signal.Signals) -> None:
+        log.info("stopping", signal=number.name, at_once=stage is not None)
+        signalled.set()
+        if stage is not None:
+            stage.cancel()
+
+    async def run(step: Callable[[], Awaitable[object]]) -> object:
+        return await step()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        for step in (start, drain):
+            stage = asyncio.create_task(run(step))
+            try:
+                await stage
+            except asyncio.CancelledError:
+                if task.cancelling():
+                    raise
+                return
+            finally:
+                stage = None
+            if step is start:
+                await signalled.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
