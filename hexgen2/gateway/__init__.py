@@ -1,0 +1,1 @@
+"""What the gateway decides and does: requests checked, routed, followed to their end, and answered."""

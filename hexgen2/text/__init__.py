@@ -1,0 +1,1 @@
+"""Text to tokens and back. No torch, no transformers."""
