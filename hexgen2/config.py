@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hexgen2.config_file import load as load
+
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -34,7 +36,9 @@ class VllmEngineConfig(Config):
     )
     max_model_len: int | None = Field(None, ge=8, description="prompt and answer together, in tokens")
     max_num_seqs: int = Field(32, ge=1)
-    max_num_batched_tokens: int | None = Field(None, ge=16, description="tokens per step; 256 on CPU, vLLM's own on GPU")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=16, description="tokens per step; 256 on CPU, vLLM's own on GPU"
+    )
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
     block_size: int | None = Field(None, ge=1)
@@ -67,7 +71,9 @@ EngineConfig = Annotated[VllmEngineConfig | EmulatedEngineConfig, Field(discrimi
 class KvConfig(Config):
     """The KV hand-off of one worker. Sizes are per rank."""
 
-    transport: Literal["auto", "ucx", "tcp"] = Field("auto", description="auto is ucx where NIXL is installed, else tcp; the choice is logged")
+    transport: Literal["auto", "ucx", "tcp"] = Field(
+        "auto", description="auto is ucx where NIXL is installed, else tcp; the choice is logged"
+    )
     host: str = Field("127.0.0.1", description="address that the KV plane binds and tells its peers (TCP transport)")
     send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker")
     staging_bytes: int = Field(256 * MIB, ge=1, description="staging of a decode worker")
