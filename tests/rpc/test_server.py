@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hexgen2.errors import ConfigError, DeadlineExceeded, HexgenError, InvalidRequest, ModelNotFound, Overloaded
 from hexgen2.rpc.client import channel, to_error
 from hexgen2.rpc.server import GrpcServer
-from hexgen2.v1 import coordinator_pb2
+from hexgen2.v1 import coordinator_pb2, types_pb2
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -116,7 +116,7 @@ class Recorder:
         task = asyncio.current_task()
         try:
             for _ in range(1_000_000):
-                yield coordinator_pb2.WatchPlanResponse(plan={"traceparent": "x" * 100_000})
+                yield coordinator_pb2.WatchPlanResponse(plan=types_pb2.Plan(traceparent="x" * 100_000))
                 self.started.set()
         except BaseException as error:
             self.ended.set_result((type(error).__name__, asyncio.current_task() is task))
@@ -158,7 +158,7 @@ async def test_the_handler_sees_the_deadline(service: Any, stub: Any) -> None:
 
 async def test_a_large_message_passes_and_one_beyond_the_limit_does_not(service: Any, stub: Any) -> None:
     async def unary(context: Any) -> coordinator_pb2.GetPlanResponse:
-        return coordinator_pb2.GetPlanResponse(plan={"traceparent": "x" * size})
+        return coordinator_pb2.GetPlanResponse(plan=types_pb2.Plan(traceparent="x" * size))
 
     service.unary = unary
     size = 32 << 20
@@ -175,8 +175,12 @@ async def test_a_method_that_nobody_serves_is_unimplemented(peer: grpc.aio.Chann
 # Health
 
 
+def health_of(peer: grpc.aio.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(cast("Any", peer))
+
+
 async def check(peer: grpc.aio.Channel, name: str) -> Any:
-    return (await health_pb2_grpc.HealthStub(peer).Check(health_pb2.HealthCheckRequest(service=name))).status
+    return (await health_of(peer).Check(health_pb2.HealthCheckRequest(service=name))).status
 
 
 async def test_health_follows_set_serving_per_service_and_overall(server: GrpcServer) -> None:
@@ -192,7 +196,7 @@ async def test_health_follows_set_serving_per_service_and_overall(server: GrpcSe
 async def test_a_health_watch_sees_the_stop_and_does_not_hold_it_up(
     server: GrpcServer, service: Any, address: str, peer: grpc.aio.Channel
 ) -> None:
-    watch = health_pb2_grpc.HealthStub(peer).Watch(health_pb2.HealthCheckRequest())
+    watch = health_of(peer).Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == SERVING
     async with asyncio.timeout(10):
         await server.stop(600)
@@ -203,10 +207,8 @@ async def test_a_health_watch_sees_the_stop_and_does_not_hold_it_up(
 
 
 async def ask(peer: grpc.aio.Channel, **request: Any) -> Any:
-    call = reflection_pb2_grpc.ServerReflectionStub(peer).ServerReflectionInfo(
-        iter([reflection_pb2.ServerReflectionRequest(**request)])
-    )
-    return await call.read()
+    stub: Any = cast("Any", reflection_pb2_grpc).ServerReflectionStub(peer)
+    return await stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**request)])).read()
 
 
 async def test_reflection_lists_every_service(peer: grpc.aio.Channel) -> None:
@@ -220,7 +222,7 @@ async def test_reflection_lists_every_service(peer: grpc.aio.Channel) -> None:
 
 async def test_a_call_can_be_made_knowing_nothing_but_reflection(service: Any, peer: grpc.aio.Channel) -> None:
     async def unary(context: Any) -> coordinator_pb2.GetPlanResponse:
-        return coordinator_pb2.GetPlanResponse(plan={"epoch": 7})
+        return coordinator_pb2.GetPlanResponse(plan=types_pb2.Plan(epoch=7))
 
     service.unary = unary
     pool = descriptor_pool.DescriptorPool()
@@ -255,7 +257,7 @@ async def test_a_stop_lets_a_running_call_finish_and_refuses_a_new_one(
     async def unary(context: Any) -> coordinator_pb2.GetPlanResponse:
         entered.set()
         await leave.wait()
-        return coordinator_pb2.GetPlanResponse(plan={"epoch": 7})
+        return coordinator_pb2.GetPlanResponse(plan=types_pb2.Plan(epoch=7))
 
     service.unary = unary
     running = asyncio.ensure_future(stub.GetPlan(REQUEST))
