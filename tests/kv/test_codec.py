@@ -193,7 +193,7 @@ def test_cuda_gives_the_same_value(piece: torch.Tensor) -> None:
 )
 def test_what_has_no_place_is_refused(piece: torch.Tensor, place: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        of(piece, **place)
+        digest(piece, KEY, **({"layer": 0, "chunk": 0, "first_head": 0} | place))
 
 
 @pytest.mark.parametrize("max_words", [0, 1 << 20])
