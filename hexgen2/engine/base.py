@@ -4,7 +4,7 @@ An engine speaks tokens only. Its KV agents (one per rank) live where its memory
 over a local socket (``kv.ranks``); the engine learns of a transfer by its id alone.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -103,7 +103,7 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Load the model. Raises EngineFailed with the reason in one line."""
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run one request. Closing the iterator aborts it in the engine.
 
         Raises:

@@ -1,78 +1,285 @@
-"""SKELETON (being implemented): the KV agent of one rank. This is its interface to engines."""
+"""The KV agent of one rank: lives in the process that owns the engine's KV memory, beside the engine's own threads.
 
-from collections.abc import Sequence
+One thread owns the transport and the local socket to the service. It polls while a read is open, here or at a peer,
+and sleeps otherwise. The engine's forward thread only copies to and from the agent's buffers; it waits for nobody.
+"""
+
+import os
+import selectors
+import socket
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Event, Lock, Thread
+from time import sleep
 
-from hexgen2.kv.wire import KvShape, RankSlice
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from hexgen2.errors import ConfigError, TransferRefused
+from hexgen2.kv.codec import to_wire
+from hexgen2.kv.messages import (
+    Close,
+    Closed,
+    Counts,
+    Failed,
+    Fetch,
+    Hello,
+    Loaded,
+    Opened,
+    OpenRecv,
+    OpenSend,
+    Piece,
+    Quarantine,
+    Ready,
+    ToAgent,
+    ToService,
+    agent_reader,
+    encode,
+)
+from hexgen2.kv.send_buffer import SendBuffer
+from hexgen2.kv.staging import StagedKv, Staging
+from hexgen2.kv.transport import Transport
+from hexgen2.kv.wire import KvShape, PageLayout, RankSlice
 
-    from hexgen2.kv.transport import Transport
+log = getLogger(__name__)
+
+#: ``put`` announces what it has once this much waits; a step's rest follows with ``flush``.
+ANNOUNCE_BYTES = 1 << 20
+#: How long the thread sleeps between polls while a read is open: latency against CPU.
+POLL_S = 0.0002
+START_TIMEOUT_S = 60.0
 
 
-class StagedKv:
-    """Verified KV of one transfer, as this rank needs it, in private memory."""
+@dataclass(frozen=True, slots=True)
+class _Put:
+    """A piece on its way to be announced; on CUDA only once ``event`` has passed."""
 
-    num_tokens: int
-
-    def layer(self, layer: int) -> "torch.Tensor":
-        """``[kv_head, 2 (K, V), token, head_dim]`` of one (global) layer, this rank's heads, all ``num_tokens`` tokens."""
-        raise NotImplementedError
+    transfer_id: str
+    layer: int
+    chunk: int
+    digests: torch.Tensor
+    event: "torch.cuda.Event | None"
 
 
 class KvAgent:
-    """Lives in the process that owns the engine's KV memory. One thread of its own; see module.
-
-    Engine side (called from the engine's forward thread; never blocks on a network or a peer)::
-
-        agent.is_sending(transfer_id) -> bool
-        agent.put(transfer_id, layer, chunk, piece)      # piece: [kv_head, 2, tokens_in_chunk, head_dim]
-        agent.flush()                                    # end of a forward pass: announce what was put
-        agent.staged(transfer_id) -> StagedKv | None     # None: aborted meanwhile; load nothing
-        agent.loaded(transfer_id)                        # its KV is in the engine's blocks; staging may be freed
-    """
+    """See the module. ``is_sending``, ``put``, ``flush``, ``staged`` and ``loaded`` are the engine's side."""
 
     def __init__(
         self,
         socket_path: Path,
         rank_slice: RankSlice,
         shape: KvShape,
-        transport: "Transport",
+        transport: Transport,
         *,
-        device: "torch.device",
+        device: torch.device,
         send_bytes: int,
         staging_bytes: int,
         landing_bytes: int,
     ) -> None:
-        """Allocate buffers on ``device``, register them, connect to the service at ``socket_path`` and start the thread."""
+        """Allocate and register the buffers, say hello at ``socket_path`` and start the thread.
+
+        Raises:
+            ConfigError: a buffer is too small for one page, the service does not answer, the transport cannot start.
+        """
+        self._layout = PageLayout(shape, rank_slice)
+        for name, size, least in (
+            ("send_bytes", send_bytes, self._layout.page_bytes if send_bytes else 0),
+            ("staging_bytes", staging_bytes, self._layout.page_bytes if staging_bytes else 0),
+            ("landing_bytes", landing_bytes, self._layout.layer_stride if staging_bytes else 0),
+        ):
+            if size < least:
+                raise ConfigError(f"kv.{name} is {size}; this model needs at least {least} per rank")
+        self._transport = transport
+        self._device = device
+        self._send = SendBuffer(self._layout, send_bytes, device)
+        self._staging = Staging(self._layout, transport, device, staging_bytes, landing_bytes if staging_bytes else 0)
+        self._socket_path = socket_path
+        self._puts: deque[_Put] = deque()
+        self._put_bytes = 0
+        self._outbox: deque[ToService] = deque()
+        self._closing: set[str] = set()
+        self._quarantine = 0
+        self._stopping = False
+        self._wake_lock = Lock()
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._ready = Event()
+        self._error: Exception | None = None
+        self._thread = Thread(target=self._main, name="kv-agent", daemon=True)
+        self._thread.start()
+        if not self._ready.wait(START_TIMEOUT_S):
+            raise ConfigError(f"KV agent did not start within {START_TIMEOUT_S:.0f} s")
+        if self._error is not None:
+            raise ConfigError(f"KV agent did not start: {self._error}") from self._error
+
+    # The engine's side.
 
     def is_sending(self, transfer_id: str) -> bool:
         """Whether a send buffer is held for the transfer. False once it was aborted: skip the work."""
-        raise NotImplementedError
+        return transfer_id in self._send
 
-    def put(self, transfer_id: str, layer: int, chunk: int, piece: "torch.Tensor") -> None:
-        """Copy one piece to the send buffer and digest it. ``layer`` is global. Unknown transfers are ignored."""
-        raise NotImplementedError
+    def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> None:
+        """Copy one piece, ``[kv_head, 2, tokens, head_dim]``, to the send buffer and digest it there.
+
+        On CUDA the work is queued on the current stream. Transfers that are not held are ignored.
+        """
+        digests = self._send.put(transfer_id, layer, chunk, piece)
+        if digests is None:
+            return
+        event = None
+        if digests.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._puts.append(_Put(transfer_id, layer, chunk, digests, event))
+        self._put_bytes += piece.numel() * piece.element_size()
+        if self._put_bytes >= ANNOUNCE_BYTES:
+            self.flush()
 
     def flush(self) -> None:
-        """Announce everything put so far (``put`` announces by itself once enough bytes wait)."""
-        raise NotImplementedError
+        """Announce everything put so far."""
+        if self._put_bytes:
+            self._put_bytes = 0
+            self._wake()
 
     def staged(self, transfer_id: str) -> StagedKv | None:
-        """The verified KV to load, or None when the transfer was aborted."""
-        raise NotImplementedError
+        """The verified KV to load, or None when the transfer was given up. Follow it by ``loaded``."""
+        return self._staging.staged(transfer_id)
 
     def loaded(self, transfer_id: str) -> None:
         """Tell the service that the KV is in the engine's own blocks."""
-        raise NotImplementedError
+        self._staging.loaded(transfer_id)
+        self._outbox.append(Loaded(transfer_id))
+        self._wake()
+
+    def count(self, name: str, value: int) -> None:
+        """Add to one of the service's counters."""
+        self._outbox.append(Counts(((name, value),)))
+        self._wake()
 
     def close(self) -> None:
         """Stop the thread and free the buffers. Idempotent."""
-        raise NotImplementedError
+        self._stopping = True
+        self._wake()
+        self._thread.join(timeout=10.0)
+
+    # The agent's thread.
+
+    def _wake(self) -> None:
+        # A full pipe already wakes; a closed one has nobody left to wake.
+        with suppress(BlockingIOError, OSError):
+            self._wake_in.send(b"\0")
+
+    def _main(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            # The top of a thread. The service sees the socket close and takes the replica out of service.
+            self._error = error
+            if self._ready.is_set():
+                log.exception("KV agent stopped")
+        finally:
+            self._ready.set()
+            self._transport.close()
+            self._wake_out.close()
+            self._wake_in.close()
+
+    def _serve(self) -> None:
+        self._transport.register(
+            self._send.buffer if self._send.num_pages else None,
+            self._staging.landing if self._staging.num_pages else None,
+        )
+        reader = agent_reader()
+        with socket.socket(socket.AF_UNIX) as service, selectors.DefaultSelector() as selector:
+            service.settimeout(START_TIMEOUT_S)
+            service.connect(str(self._socket_path))
+            self._outbox.append(
+                Hello(
+                    slice=self._layout.slice,
+                    shape=self._layout.shape,
+                    send_pages=self._send.num_pages,
+                    staging_pages=self._staging.num_pages,
+                    page_bytes=self._layout.page_bytes,
+                    endpoint=self._transport.endpoint(),
+                    transport=self._transport.name,
+                    transport_detail=self._transport.describe(),
+                    pid=os.getpid(),
+                )
+            )
+            selector.register(service, selectors.EVENT_READ)
+            selector.register(self._wake_out, selectors.EVENT_READ)
+            for fd in self._transport.selectable():
+                selector.register(fd, selectors.EVENT_READ)
+            while not self._stopping:
+                self._drain(service)
+                self._ready.set()
+                self._transport.serving(self._send.num_open > 0)
+                poll = self._transport.needs_poll() or bool(self._puts)
+                events = selector.select(0 if poll else None)
+                if poll and not events:
+                    sleep(POLL_S)
+                for key, _ in events:
+                    if key.fileobj is self._wake_out:
+                        self._wake_out.recv(4096)
+                    elif key.fileobj is service:
+                        data = service.recv(1 << 20)
+                        if not data:
+                            return
+                        for message in reader.feed(data):
+                            self._handle(message)
+                for handle, error in self._transport.poll():
+                    self._outbox.extend(self._staging.over(handle, error))
+                self._outbox.extend(self._staging.pump())
+                self._announce()
+                self._retry_closing()
+                self._report_quarantine()
+
+    def _drain(self, service: socket.socket) -> None:
+        while self._outbox:
+            service.sendall(encode(self._outbox.popleft()))
+
+    def _handle(self, message: ToAgent) -> None:
+        match message:
+            case OpenSend():
+                self._send.open(message.transfer_id, message.token, message.num_tokens, message.pages)
+                self._outbox.append(Opened(message.transfer_id))
+            case OpenRecv():
+                try:
+                    self._staging.open(message)
+                except TransferRefused as error:
+                    self._outbox.append(Failed(message.transfer_id, "invalid", str(error)))
+                self._outbox.append(Opened(message.transfer_id))
+            case Fetch():
+                self._staging.fetch(message.transfer_id, message.pieces)
+            case Close():
+                self._send.close(message.transfer_id)
+                self._closing.add(message.transfer_id)
+
+    def _announce(self) -> None:
+        pieces: dict[str, list[Piece]] = {}
+        while self._puts and (self._puts[0].event is None or self._puts[0].event.query()):  # type: ignore[no-untyped-call]
+            put = self._puts.popleft()
+            piece = Piece(self._layout.slice.rank, put.layer, put.chunk, to_wire(put.digests))
+            pieces.setdefault(put.transfer_id, []).append(piece)
+        self._outbox.extend(Ready(transfer_id, tuple(ready)) for transfer_id, ready in pieces.items())
+
+    def _retry_closing(self) -> None:
+        for transfer_id in [t for t in self._closing if self._staging.close(t)]:
+            self._closing.discard(transfer_id)
+            self._outbox.append(Closed(transfer_id))
+
+    def _report_quarantine(self) -> None:
+        num_bytes = self._staging.quarantine_bytes
+        if num_bytes != self._quarantine:
+            self._quarantine = num_bytes
+            self._outbox.append(Quarantine(num_bytes))
 
 
-def count(socket_path: Path, counters: Sequence[tuple[str, int]]) -> None:
-    """From the scheduler's process: add to the service's counters, e.g. ``("recomputed_tokens", 130)``."""
-    raise NotImplementedError
+def count(socket_path: Path, values: tuple[tuple[str, int], ...]) -> None:
+    """Add to the service's counters from a process that has no agent (vLLM's scheduler); never fails its caller."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as service:
+        service.settimeout(1.0)
+        service.connect(str(socket_path))
+        service.sendall(encode(Counts(values)))

@@ -1,0 +1,247 @@
+"""The emulated engine: continuous batching with chunked prefill, times from figures, tokens from ``emulated_kv``.
+
+Its KV travels through the same agents and transports as vLLM's. Greedy only: temperature and its like are ignored.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hexgen2.config import EmulatedEngineConfig, KvConfig
+from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
+from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv
+from hexgen2.errors import EngineFailed, InvalidRequest
+from hexgen2.kv.agent import KvAgent
+from hexgen2.kv.choose import make_transport, transport_name
+from hexgen2.kv.layout import rank_slices
+from hexgen2.kv.wire import chunk_span, num_chunks
+from hexgen2.model import ModelSpec
+
+#: What makes two emulated models the same; the rest is only how fast they are.
+_IDENTITY = {"name", "num_layers", "num_kv_heads", "head_dim", "dtype", "vocab_size"}
+_TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class _Running:
+    """One request: ``num_computed`` of ``token_ids`` have KV, and that KV sums to ``checksum``."""
+
+    request: EngineRequest
+    token_ids: list[int]
+    outputs: asyncio.Queue[EngineOutput | EngineFailed] = field(default_factory=asyncio.Queue)
+    hashes: np.ndarray[tuple[int], np.dtype[np.uint64]] = field(default_factory=lambda: np.empty(0, np.uint64))
+    num_computed: int = 0
+    num_cached: int = 0
+    num_output: int = 0
+    num_sent_chunks: int = 0
+    checksum: int = 0
+    done: bool = False
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens to compute before the next can be sampled."""
+        return len(self.token_ids) - self.num_computed
+
+
+class EmulatedEngine:
+    """See the module; implements ``base.Engine``."""
+
+    def __init__(self, config: EmulatedEngineConfig, kv: KvConfig, agent_socket: Path) -> None:
+        self.model = ModelSpec(
+            name=config.name,
+            sha256=sha256(config.model_dump_json(include=_IDENTITY).encode()).digest(),
+            num_layers=config.num_layers,
+            num_heads=config.num_kv_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_model_len,
+            dtype=config.dtype,
+        )
+        self.max_model_len = config.max_model_len
+        self.num_ranks = config.tensor_parallel_size
+        self._config = config
+        self._kv = kv
+        self._agent_socket = agent_socket
+        self._slices = rank_slices([config.num_layers], config.num_kv_heads, config.tensor_parallel_size)
+        self._agents: list[KvAgent] = []
+        self._waiting: deque[_Running] = deque()
+        self._running: list[_Running] = []
+        self._work = asyncio.Event()
+        self._loop: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start one agent per rank and the step loop."""
+        kv = self._kv
+        for rank_slice in self._slices:
+            agent = await asyncio.to_thread(
+                KvAgent,
+                self._agent_socket,
+                rank_slice,
+                self.model.kv_shape,
+                make_transport(transport_name(kv), kv.host),
+                device=torch.device("cpu"),
+                send_bytes=kv.send_bytes,
+                staging_bytes=kv.staging_bytes,
+                landing_bytes=kv.landing_bytes,
+            )
+            self._agents.append(agent)
+        self._loop = asyncio.create_task(self._run())
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """See ``base.Engine``."""
+        room = self.max_model_len - len(request.prompt_token_ids)
+        if room < 1:
+            raise InvalidRequest("prompt", f"{len(request.prompt_token_ids)} tokens; the limit is {room - 1}")
+        await self.check_health()
+        running = _Running(request, list(request.prompt_token_ids))
+        self._waiting.append(running)
+        self._work.set()
+        try:
+            while True:
+                output = await running.outputs.get()
+                if isinstance(output, EngineFailed):
+                    raise output
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            running.done = True
+
+    async def check_health(self) -> None:
+        """Raise EngineFailed when the step loop has ended."""
+        if self._loop is None or self._loop.done():
+            raise EngineFailed("the emulated engine is not running")
+
+    def num_requests(self) -> tuple[int, int]:
+        """Running and waiting."""
+        return len(self._running), len(self._waiting)
+
+    async def stop(self) -> None:
+        """Cancel what runs and stop the agents."""
+        if self._loop is not None:
+            self._loop.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._loop
+            self._loop = None
+        for agent in self._agents:
+            await asyncio.to_thread(agent.close)
+        self._agents.clear()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                if not self._waiting and not self._running:
+                    self._work.clear()
+                    await self._work.wait()
+                await self._step()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            # The top of a task: whoever waits is told, and check_health tells the rest.
+            for running in (*self._running, *self._waiting):
+                running.outputs.put_nowait(EngineFailed(f"emulated engine: {error!r}"))
+            raise
+
+    async def _step(self) -> None:
+        config = self._config
+        self._running = [r for r in self._running if not r.done]
+        while self._waiting and len(self._running) < config.max_num_seqs:
+            running = self._waiting.popleft()
+            if not running.done:
+                self._load(running)
+                self._running.append(running)
+        if not self._running:
+            return
+        budget = config.max_num_batched_tokens
+        batch: list[tuple[_Running, int]] = []
+        for running in sorted(self._running, key=lambda r: r.num_missing > 1):
+            take = min(budget, running.num_missing)
+            if take:
+                batch.append((running, take))
+                budget -= take
+        prefilled = sum(take for running, take in batch if running.num_output == 0)
+        decoding = sum(1 for running, _ in batch if running.num_output)
+        await asyncio.sleep(
+            config.decode_step_base_s
+            + decoding * config.decode_step_per_request_s
+            + prefilled / config.prefill_tokens_per_s
+        )
+        for running, take in batch:
+            if not running.done:
+                self._compute(running, take)
+                if running.num_missing == 0:
+                    self._sample(running)
+        for agent in self._agents:
+            agent.flush()
+
+    def _load(self, running: _Running) -> None:
+        """Take the KV of the hand-over, every byte of it, from staging."""
+        transfer = running.request.load_transfer
+        if transfer is None:
+            return
+        staged = [agent.staged(transfer) for agent in self._agents]
+        if None in staged:
+            running.done = True
+            running.outputs.put_nowait(EngineFailed(f"no verified KV for transfer {transfer}"))
+        for agent, rank_slice, kv in zip(self._agents, self._slices, staged, strict=True):
+            if kv is None:
+                continue
+            for layer in rank_slice.layers:
+                raw = kv.layer(layer).contiguous().view(torch.uint8).numpy()
+                running.checksum += read_kv(raw, layer, rank_slice.kv_heads, 0)
+            running.num_computed = running.num_cached = kv.num_tokens
+            agent.loaded(transfer)
+
+    def _compute(self, running: _Running, num_tokens: int) -> None:
+        """KV of the next ``num_tokens`` tokens: read for the checksum, sent where it completes a chunk."""
+        first, stop = running.num_computed, running.num_computed + num_tokens
+        known = len(running.hashes)
+        if known < len(running.token_ids):
+            more = prefix_hashes(running.token_ids[known:], int(running.hashes[-1]) if known else 0)
+            running.hashes = np.concatenate([running.hashes, more])
+        for rank_slice in self._slices:
+            for layer in rank_slice.layers:
+                kv = self._kv_tensor(running.hashes[first:stop], layer, rank_slice.kv_heads)
+                running.checksum += read_kv(kv.view(torch.uint8).numpy(), layer, rank_slice.kv_heads, first)
+        running.num_computed = stop
+        transfer = running.request.send_transfer
+        if transfer is not None:
+            self._send(running, transfer)
+
+    def _send(self, running: _Running, transfer: str) -> None:
+        total = len(running.request.prompt_token_ids)
+        while running.num_sent_chunks < num_chunks(total):
+            first, stop = chunk_span(running.num_sent_chunks, total)
+            if stop > running.num_computed:
+                return
+            for agent, rank_slice in zip(self._agents, self._slices, strict=True):
+                for layer in rank_slice.layers:
+                    piece = self._kv_tensor(running.hashes[first:stop], layer, rank_slice.kv_heads)
+                    agent.put(transfer, layer, running.num_sent_chunks, piece)
+            running.num_sent_chunks += 1
+
+    def _kv_tensor(self, hashes: np.ndarray[tuple[int], np.dtype[np.uint64]], layer: int, heads: range) -> torch.Tensor:
+        return torch.from_numpy(kv_values(hashes, layer, heads, self.model.head_dim)).to(_TORCH_DTYPE[self.model.dtype])
+
+    def _sample(self, running: _Running) -> None:
+        sampling = running.request.sampling
+        token = next_token(running.checksum & MASK, running.num_computed, self.model.vocab_size)
+        running.token_ids.append(token)
+        running.num_output += 1
+        finish = None
+        if token in sampling.stop_token_ids and running.num_output > sampling.min_tokens:
+            finish = FinishReason.STOP
+        elif running.num_output >= sampling.max_tokens or len(running.token_ids) >= self.max_model_len:
+            finish = FinishReason.LENGTH
+        asked = sampling.logprobs is not None
+        sampled = SampledToken(token, 0.0, (Logprob(token, 0.0, 1),)) if asked else SampledToken(token)
+        running.outputs.put_nowait(EngineOutput((sampled,), finish, running.num_cached))
+        running.done = finish is not None

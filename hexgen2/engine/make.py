@@ -1,0 +1,19 @@
+"""The engine that a worker's configuration asks for. Imports the heavy one only when it is asked for."""
+
+from pathlib import Path
+
+from hexgen2.config import EmulatedEngineConfig, WorkerConfig
+from hexgen2.engine.base import Engine
+
+
+def make_engine(config: WorkerConfig, agent_socket: Path) -> tuple[Engine, int]:
+    """The engine, not yet started, and how many ranks (and so KV agents) it has."""
+    engine = config.engine
+    if isinstance(engine, EmulatedEngineConfig):
+        from hexgen2.engine.emulated import EmulatedEngine
+
+        return EmulatedEngine(engine, config.kv, agent_socket), engine.tensor_parallel_size
+    from hexgen2.engine.vllm import VllmEngine
+
+    num_ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    return VllmEngine(engine, config.kv, config.role, agent_socket), num_ranks

@@ -1,0 +1,35 @@
+"""Which transport a worker uses: what its configuration says, never another without a word."""
+
+from importlib.util import find_spec
+
+from hexgen2.config import KvConfig
+from hexgen2.errors import ConfigError
+from hexgen2.kv.transport import Transport
+
+#: One package per CUDA version; all have the same interface.
+_NIXL_MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
+
+
+def transport_name(config: KvConfig) -> str:
+    """``ucx`` or ``tcp``; ``auto`` is ucx where NIXL is installed.
+
+    Raises:
+        ConfigError: ucx is asked for and NIXL is not installed.
+    """
+    have_nixl = any(find_spec(name) for name in _NIXL_MODULES)
+    if config.transport == "ucx" and not have_nixl:
+        raise ConfigError("kv.transport: ucx needs NIXL; install nixl-cu12 (or nixl-cu13), or choose tcp")
+    if config.transport == "auto":
+        return "ucx" if have_nixl else "tcp"
+    return config.transport
+
+
+def make_transport(name: str, host: str) -> Transport:
+    """The transport of that name. ``host`` is the address that its plane binds."""
+    if name == "ucx":
+        from hexgen2.kv.ucx import UcxTransport
+
+        return UcxTransport(host)
+    from hexgen2.kv.tcp import TcpTransport
+
+    return TcpTransport(host)

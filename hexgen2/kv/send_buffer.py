@@ -1,0 +1,68 @@
+"""The memory that KV leaves from: pages outside the engine's blocks, held by transfers. One lock per transfer orders
+the engine's writes before the release of its pages."""
+
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+
+from hexgen2.kv.codec import DigestKey, copy_and_digest
+from hexgen2.kv.wire import PageLayout, chunk_span
+
+
+@dataclass(slots=True)
+class _Send:
+    key: DigestKey
+    num_tokens: int
+    pages: tuple[int, ...]
+    lock: Lock = field(default_factory=Lock)
+    open: bool = True
+
+
+class SendBuffer:
+    """``buffer`` is one registered ``uint8`` tensor of ``num_pages`` pages on the engine's device."""
+
+    def __init__(self, layout: PageLayout, num_bytes: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_pages = num_bytes // layout.page_bytes
+        self.buffer = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
+        self._sends: dict[str, _Send] = {}
+
+    @property
+    def num_open(self) -> int:
+        """Transfers that hold pages."""
+        return len(self._sends)
+
+    def __contains__(self, transfer_id: str) -> bool:
+        return transfer_id in self._sends
+
+    def open(self, transfer_id: str, token: bytes, num_tokens: int, pages: tuple[int, ...]) -> None:
+        """Hold ``pages``, one per chunk."""
+        self._sends[transfer_id] = _Send(
+            DigestKey.for_shape(token, self.layout.shape, self.buffer.device), num_tokens, pages
+        )
+
+    def close(self, transfer_id: str) -> None:
+        """Let the pages go; when it returns, no ``put`` of this transfer writes any more."""
+        send = self._sends.pop(transfer_id, None)
+        if send is not None:
+            with send.lock:
+                send.open = False
+
+    def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> torch.Tensor | None:
+        """Copy one piece, ``[kv_head, 2, tokens, head_dim]``, to its place and return its digests, ``int64[kv_head]``.
+
+        None when the transfer is not held (any more).
+        """
+        send = self._sends.get(transfer_id)
+        if send is None:
+            return None
+        with send.lock:
+            if not send.open:
+                return None
+            start, stop = chunk_span(chunk, send.num_tokens)
+            at = send.pages[chunk] * self.layout.page_bytes + self.layout.piece_offset(layer)
+            target = self.buffer[at : at + self.layout.piece_bytes(stop - start)].view(piece.dtype).view(piece.shape)
+            return copy_and_digest(
+                target, piece, send.key, layer=layer, chunk=chunk, first_head=self.layout.slice.first_kv_head
+            )

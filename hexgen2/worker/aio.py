@@ -1,0 +1,143 @@
+"""Small tools for calls that own memory: clean-up that cannot be cancelled, owned tasks, a queue for pages, a gate."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+
+from hexgen2 import metrics
+from hexgen2.errors import Unavailable
+from hexgen2.kv.pool import Grant, PagePool
+
+
+async def uninterrupted(work: Coroutine[object, object, None]) -> None:
+    """Run ``work`` to its end even when the caller is cancelled meanwhile; the cancellation follows."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+@asynccontextmanager
+async def owned(work: Coroutine[object, object, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """``work`` as a task for the length of a block; at its end cancelled and awaited, which raises its own error."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+class PageQueue:
+    """``PagePool`` with waiting: who is cancelled leaves the line, who is granted holds until ``release``."""
+
+    def __init__(self, pool: PagePool, page_bytes: int) -> None:
+        self._pool = pool
+        self._page_bytes = page_bytes
+        self._waiting: dict[str, asyncio.Future[tuple[int, ...]]] = {}
+        metrics.KV_POOL_BYTES_TOTAL.labels(pool.name).set(self.bytes_total)
+        self._report()
+
+    @property
+    def bytes_used(self) -> int:
+        """Held now, over all ranks."""
+        return self._pool.num_used * self._page_bytes
+
+    @property
+    def bytes_total(self) -> int:
+        """Of the whole pool, over all ranks."""
+        return self._pool.num_pages * self._page_bytes
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line."""
+        return self._pool.num_waiting
+
+    async def acquire(self, key: str, num_pages: int) -> tuple[int, ...]:
+        """Pages, as soon as it is this request's turn. The caller's deadline cancels the wait."""
+        grant = self._pool.request(key, num_pages)
+        if grant is None:
+            future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
+            self._waiting[key] = future
+            try:
+                return await future
+            except asyncio.CancelledError:
+                self.release(key)
+                raise
+        self._report()
+        return grant.pages
+
+    def release(self, key: str) -> None:
+        """Give pages, or the place in line, back. Idempotent."""
+        self._waiting.pop(key, None)
+        self._serve(self._pool.release(key))
+
+    def _serve(self, grants: list[Grant]) -> None:
+        for grant in grants:
+            future = self._waiting.pop(grant.key)
+            if future.cancelled():
+                self._serve(self._pool.release(grant.key))
+            else:
+                future.set_result(grant.pages)
+        self._report()
+
+    def _report(self) -> None:
+        metrics.KV_POOL_BYTES_USED.labels(self._pool.name).set(self.bytes_used)
+
+
+class Gate:
+    """Counts the calls inside; closed, it lets none in and tells when the last has left. Made closed."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._refusal = "this replica is starting; try another or later"
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def num_inside(self) -> int:
+        """Calls running."""
+        return self._inside
+
+    @asynccontextmanager
+    async def enter(self) -> AsyncIterator[None]:
+        """For the length of a call.
+
+        Raises:
+            Unavailable: the process is starting or stopping.
+        """
+        if self._refusal:
+            raise Unavailable(self._refusal)
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    def open(self) -> None:
+        """Let calls in."""
+        self._refusal = ""
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._refusal = "this replica is draining; try another"
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """Whether all calls ended within ``timeout_s``."""
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True

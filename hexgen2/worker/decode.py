@@ -1,0 +1,267 @@
+"""Decode: fetches a prompt's KV, verifies it, makes the tokens after the first; or serves a request colocated.
+
+No token leaves before every rank has said that verified KV is in its engine's blocks.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from time import monotonic
+
+from opentelemetry import trace
+
+from hexgen2 import metrics
+from hexgen2.engine.base import Engine, EngineOutput, EngineRequest, Sampling
+from hexgen2.errors import EngineFailed, HexgenError, KvCorrupt, TransferRefused, Unavailable
+from hexgen2.handover import for_decode
+from hexgen2.kv.handoff import RecvState, RecvTransfer, header_for
+from hexgen2.kv.messages import Failed, Fetched, Loaded, Piece
+from hexgen2.kv.ranks import Event, Ranks
+from hexgen2.kv.wire import num_chunks, prompt_sha256
+from hexgen2.worker.aio import PageQueue, uninterrupted
+from hexgen2.worker.prefill import FirstToken, Offer
+
+tracer = trace.get_tracer("hexgen2")
+
+#: From the engine's first token to the last rank's word that its KV is loaded: a local message, long on its way.
+LOADED_TIMEOUT_S = 10.0
+
+#: ``(prefill_address, transfer_id, token) -> messages of FetchKv``.
+FetchKv = Callable[[str, str, bytes], AsyncGenerator[Offer | tuple[Piece, ...] | FirstToken, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteKv:
+    """Where the prompt's KV is to be had."""
+
+    transfer_id: str
+    token: bytes
+    prefill_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """One Decode call. ``sampling`` is the client's, counted from the very first token; no ``remote``: colocated."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    remote: RemoteKv | None
+    trace_headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KvSummary:
+    """One verified hand-off. ``transport`` says what is beneath it."""
+
+    num_bytes: int
+    num_pieces: int
+    transport: str
+    codec: str
+    seconds: float
+
+
+class _Receiving:
+    """The rank events of one transfer, and a future for each state worth waiting for."""
+
+    def __init__(self, transfer: RecvTransfer) -> None:
+        loop = asyncio.get_running_loop()
+        self.transfer = transfer
+        self.verified: asyncio.Future[None] = loop.create_future()
+        self.loaded: asyncio.Future[None] = loop.create_future()
+        self.num_bytes = 0
+        self.num_pieces = 0
+        self.verify_s = 0.0
+
+    def hear(self, rank: int, event: Event) -> None:
+        match event:
+            case Fetched():
+                self.num_bytes += event.num_bytes
+                self.num_pieces += event.num_pieces
+                self.verify_s = max(self.verify_s, event.verify_s)
+                self.transfer.fetched(rank)
+                if self.transfer.state is RecvState.VERIFIED and not self.verified.done():
+                    self.verified.set_result(None)
+            case Loaded():
+                self.transfer.loaded(rank)
+                if self.transfer.state is RecvState.LOADED and not self.loaded.done():
+                    self.loaded.set_result(None)
+            case Failed():
+                self.transfer.fail()
+                self._fail(_error(event))
+            case _:
+                pass
+
+    def _fail(self, error: HexgenError) -> None:
+        for future in (self.verified, self.loaded):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # retrieved: whoever still waits gets it, and nobody need
+
+
+def _error(event: Failed) -> HexgenError:
+    if event.reason == "corrupt":
+        metrics.KV_DIGEST_FAILURES.inc()
+        return KvCorrupt(f"KV refused: {event.detail}")
+    if event.reason == "invalid":
+        return TransferRefused(event.detail)
+    return Unavailable(f"KV lost on its way: {event.detail}")
+
+
+class DecodeWorker:
+    """Owns the transfers that arrive at this replica."""
+
+    def __init__(self, engine: Engine, ranks: Ranks, memory: PageQueue, fetch_kv: FetchKv) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._memory = memory
+        self._fetch_kv = fetch_kv
+
+    async def run(self, job: DecodeJob) -> AsyncGenerator[KvSummary | EngineOutput, None]:
+        """The Decode call.
+
+        Colocated: outputs. Else: the summary once all is verified, then outputs after the first token; nothing at
+        all when the first token was final.
+        """
+        if job.remote is None:
+            request = EngineRequest(job.request_id, job.prompt_token_ids, job.sampling, trace_headers=job.trace_headers)
+            async with aclosing(self._generate(request)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        remote = job.remote
+        hello = self._ranks.hellos[0]
+        expected = header_for(
+            self._engine.model.sha256,
+            prompt_sha256(job.prompt_token_ids),
+            len(job.prompt_token_ids),
+            hello.shape,
+            hello.transport,
+        )
+        receiving = _Receiving(RecvTransfer(expected, len(self._ranks.hellos)))
+        # The same transfer may be tried here twice (another call of the gateway): the key is this call's own.
+        key = f"{remote.transfer_id}/{job.request_id}"
+        freed = False
+        try:
+            with tracer.start_as_current_span("decode.queue"):
+                pages = await self._memory.acquire(key, num_chunks(len(job.prompt_token_ids)))
+            summary, first = await self._fetch(remote, key, pages, receiving)
+            if first.finish_reason is not None:
+                return
+            yield summary
+            request = EngineRequest(
+                job.request_id,
+                (*job.prompt_token_ids, first.token.token_id),
+                for_decode(job.sampling),
+                load_transfer=key,
+                trace_headers=job.trace_headers,
+            )
+            async with aclosing(self._generate(request)) as outputs:
+                async for output in outputs:
+                    if not freed:
+                        await self._confirm_loaded(receiving)
+                        freed = True
+                        await uninterrupted(self._free(key))
+                    yield output
+        finally:
+            receiving.transfer.end()
+            metrics.KV_TRANSFERS.labels(f"recv_{receiving.transfer.state}").inc()
+            if not freed:
+                await uninterrupted(self._free(key))
+
+    async def _fetch(
+        self, remote: RemoteKv, key: str, pages: tuple[int, ...], receiving: _Receiving
+    ) -> tuple[KvSummary, FirstToken]:
+        """Everything of the transfer, verified on every rank, and the first token; or a first token that is final."""
+        transfer = receiving.transfer
+        began = monotonic()
+        with tracer.start_as_current_span("kv.fetch") as span:
+            span.set_attribute("hexgen2.kv.transfer_id", remote.transfer_id)
+            follow = asyncio.ensure_future(self._follow(remote, key, pages, receiving))
+            try:
+                await asyncio.wait((follow, receiving.verified), return_when=asyncio.FIRST_EXCEPTION)
+                if receiving.verified.done():
+                    receiving.verified.result()
+                first = await follow
+                if first.finish_reason is None:
+                    await receiving.verified
+            except TransferRefused as error:
+                transfer.fail()
+                metrics.KV_REFUSED.labels(str(error).split(" ", 1)[0].rstrip(":")).inc()
+                raise
+            finally:
+                follow.cancel()
+                await asyncio.wait((follow,))
+            hello = self._ranks.hellos[0]
+            summary = KvSummary(
+                receiving.num_bytes, receiving.num_pieces, hello.transport_detail, "none", monotonic() - began
+            )
+            span.set_attributes(
+                {
+                    "hexgen2.kv.bytes": summary.num_bytes,
+                    "hexgen2.kv.chunks": summary.num_pieces,
+                    "hexgen2.kv.transport": summary.transport,
+                    "hexgen2.kv.codec": summary.codec,
+                    "hexgen2.kv.digest": "verified" if transfer.state is RecvState.VERIFIED else "not needed",
+                    "hexgen2.kv.verify_s": receiving.verify_s,
+                }
+            )
+        if first.finish_reason is None:
+            metrics.KV_BYTES.labels(hello.transport, summary.codec, "received").inc(summary.num_bytes)
+            metrics.KV_TRANSFER_SECONDS.observe(summary.seconds)
+        return summary, first
+
+    async def _follow(self, remote: RemoteKv, key: str, pages: tuple[int, ...], receiving: _Receiving) -> FirstToken:
+        """Read FetchKv to its end, setting the ranks to work as it goes."""
+        transfer = receiving.transfer
+        first: FirstToken | None = None
+        async with aclosing(self._fetch_kv(remote.prefill_address, remote.transfer_id, remote.token)) as messages:
+            async for message in messages:
+                match message:
+                    case Offer():
+                        transfer.begin(message.header, [s.slice for s in message.sources])
+                        for source in message.sources:
+                            if len(source.page_offsets) != len(pages):
+                                raise TransferRefused(
+                                    f"page_offsets: {len(source.page_offsets)} given, {len(pages)} chunks expected"
+                                )
+                        await self._ranks.open_recv(
+                            key, remote.token, transfer.expected.num_tokens, pages, message.sources, receiving.hear
+                        )
+                    case FirstToken():
+                        first = message
+                        if first.finish_reason is not None:
+                            return first
+                    case pieces:
+                        new = transfer.offer(pieces)
+                        if new:
+                            self._ranks.fetch(key, tuple(new))
+        if first is None:
+            raise Unavailable("prefill ended the transfer without a first token")
+        return first
+
+    async def _confirm_loaded(self, receiving: _Receiving) -> None:
+        try:
+            async with asyncio.timeout(LOADED_TIMEOUT_S):
+                await asyncio.shield(receiving.loaded)
+        except TimeoutError:
+            raise EngineFailed("the engine made a token without having loaded its KV; the token was withheld") from None
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        with tracer.start_span("decode.engine") as span:
+            num_tokens = 0
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    if num_tokens == 0:
+                        span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
+                        span.add_event("first token")
+                    num_tokens += len(output.tokens)
+                    yield output
+            span.set_attribute("gen_ai.usage.output_tokens", num_tokens)
+
+    async def _free(self, key: str) -> None:
+        try:
+            await self._ranks.close(key)
+        finally:
+            self._memory.release(key)

@@ -1,0 +1,146 @@
+"""The life of a worker process: bind, load the engine, register, serve, drain, free. The same for both roles."""
+
+import os
+import secrets
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from hexgen2 import metrics, telemetry
+from hexgen2.address import parse_address
+from hexgen2.config import EmulatedEngineConfig, WorkerConfig
+from hexgen2.engine.base import Engine
+from hexgen2.engine.make import make_engine
+from hexgen2.errors import EngineFailed
+from hexgen2.kv.pool import PagePool
+from hexgen2.kv.ranks import Ranks
+from hexgen2.plan import Load, Replica, ReplicaState, Role
+from hexgen2.rpc.report import Reporter
+from hexgen2.rpc.server import GrpcServer, run_until_signal
+from hexgen2.worker.aio import Gate, PageQueue, owned
+
+log = structlog.get_logger(__name__)
+
+#: From the engine's start to the last agent's hello; agents connect while the engine starts.
+AGENTS_TIMEOUT_S = 30.0
+
+
+async def run_worker(
+    config: WorkerConfig,
+    gate: Gate,
+    register: Callable[[GrpcServer], None],
+    attach: Callable[[Engine, Ranks, PageQueue], Awaitable[None]],
+) -> None:
+    """Serve until a signal.
+
+    Raises:
+        EngineFailed: the engine did not start, or died.
+        ConfigError: an address cannot be bound.
+    """
+    failed = ""
+    async with AsyncExitStack() as stack:
+        stack.callback(telemetry.setup(config.role, config.replica_id))
+        stack.enter_context(metrics.metrics_served(config.metrics_listen))
+        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-")))
+        server = GrpcServer(config.listen)
+        register(server)
+        address = await server.start()
+        stack.push_async_callback(server.stop, 0.0)
+        engine, num_ranks = make_engine(config, run_dir / "kv.sock")
+        ranks = Ranks(run_dir / "kv.sock", num_ranks)
+        await ranks.start()
+        stack.push_async_callback(ranks.stop)
+        stack.push_async_callback(engine.stop)
+        memory: PageQueue | None = None
+
+        def load() -> Load:
+            running, waiting = engine.num_requests()
+            if memory is not None:
+                waiting += memory.num_waiting
+            metrics.NUM_REQUESTS_RUNNING.set(running)
+            metrics.NUM_REQUESTS_WAITING.set(waiting)
+            if memory is None:
+                return Load(running, waiting)
+            return Load(running, waiting, memory.bytes_used, memory.bytes_total)
+
+        replica = _replica(config, address)
+        reporter = Reporter(config.coordinator, replica, load)
+        await stack.enter_async_context(owned(reporter.run()))
+
+        async def start() -> None:
+            nonlocal memory
+            await engine.start()
+            await ranks.wait_complete(AGENTS_TIMEOUT_S)
+            hello = ranks.hellos[0]
+            metrics.KV_TRANSPORT_INFO.labels(hello.transport, hello.transport_detail).set(1)
+            memory = _memory(config, ranks)
+            await attach(engine, ranks, memory)
+            reporter.replica = replace(
+                replica,
+                model=engine.model.name,
+                model_sha256=engine.model.sha256,
+                max_model_len=engine.max_model_len,
+                transport=hello.transport_detail,
+            )
+            gate.open()
+            await server.set_serving(True)
+            reporter.state = ReplicaState.READY
+            await stack.enter_async_context(owned(watch()))
+            log.info(
+                "ready",
+                address=address,
+                model=engine.model.name,
+                dtype=engine.model.dtype,
+                ranks=num_ranks,
+                transport=hello.transport_detail,
+                kv_pool_bytes=memory.bytes_total,
+            )
+
+        async def watch() -> None:
+            nonlocal failed
+            why = await ranks.lost()
+            failed = why
+            log.error("engine_lost", error=why)
+            gate.close()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        async def drain() -> None:
+            reporter.state = ReplicaState.DRAINING
+            gate.close()
+            await server.set_serving(False)
+            if not await gate.wait_empty(config.drain_s):
+                log.warning("drain_incomplete", running=gate.num_inside, drain_s=config.drain_s)
+
+        await run_until_signal(start, drain)
+        gate.close()
+    log.info("stopped")
+    if failed:
+        raise EngineFailed(failed)
+
+
+def _replica(config: WorkerConfig, address: str) -> Replica:
+    engine = config.engine
+    _, port = parse_address(address)
+    return Replica(
+        replica_id=config.replica_id or f"{config.role}-{port}",
+        role=Role(config.role),
+        address=config.advertise or address,
+        model=engine.name if isinstance(engine, EmulatedEngineConfig) else engine.model.name,
+        model_sha256=b"",
+        incarnation=secrets.token_hex(8),
+        max_model_len=0,
+        transport="",
+    )
+
+
+def _memory(config: WorkerConfig, ranks: Ranks) -> PageQueue:
+    """One pool for all ranks: page numbers are the same on each, so the rank with the fewest pages bounds it."""
+    sending = config.role == "prefill"
+    num_pages = min(h.send_pages if sending else h.staging_pages for h in ranks.hellos)
+    name = "send" if sending else "staging"
+    return PageQueue(PagePool(name, num_pages, config.kv.max_queued), sum(h.page_bytes for h in ranks.hellos))
