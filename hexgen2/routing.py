@@ -99,7 +99,7 @@ def pick_colocated(
     in_flight: Mapping[str, int],
     exclude: frozenset[str] = frozenset(),
 ) -> str | None:
-    """The READY decode replica with the least in flight (by replica id), then by its reported load; None without one."""
+    """The READY decode replica with the least in flight (by replica id), then by reported load; None without one."""
     usable = [
         replica.replica_id
         for replica in plan.replicas

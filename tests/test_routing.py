@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
-from hexgen2.routing import Router, RouteKey, pick, pick_colocated, route_key, usable_routes
+from hexgen2.routing import RouteKey, Router, pick, pick_colocated, route_key, usable_routes
 
 NO_LOAD: dict[RouteKey, int] = {}
 

@@ -15,7 +15,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from hexgen2.errors import HexgenError, Overloaded
+from hexgen2.errors import HexgenError, Overloaded, Unavailable
 from hexgen2.rpc.client import ERROR_KEY, RETRY_AFTER_KEY
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -34,9 +34,14 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, untraced: frozenset[str] = frozenset()) -> None:
         self._untraced = untraced
+        self._refusing = False
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def refuse(self) -> None:
+        """From now on new calls end at once as UNAVAILABLE; health and reflection still answer."""
+        self._refusing = True
 
     async def wait_idle(self) -> None:
         """Return when no call is running, health watches and reflection apart."""
@@ -70,6 +75,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def handle(request: Any, context: _Context) -> Any:
             with self._counted(), self._span(method, request, context) as span:
                 try:
+                    self._check_accepting()
                     return await serve(request, context)
                 except BaseException as error:
                     await _end(error, span, context)
@@ -82,6 +88,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def handle(request: Any, context: _Context) -> None:
             with self._counted(), self._span(method, request, context) as span:
                 try:
+                    self._check_accepting()
                     async with aclosing(cast("Any", serve(request, context))) as responses:
                         async for response in responses:
                             await context.write(response)
@@ -89,6 +96,10 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                     await _end(error, span, context)
 
         return handle
+
+    def _check_accepting(self) -> None:
+        if self._refusing:
+            raise Unavailable("this server is stopping")
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -28,6 +28,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
 )
 
+#: For the last answers to leave once their handlers have returned.
+_FLUSH_S = 0.5
+
 log = structlog.get_logger(__name__)
 
 
@@ -49,6 +52,7 @@ class GrpcServer:
         self._untraced = untraced
         self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
         self._server: grpc.aio.Server | None = None
+        self._stopping: asyncio.Task[None] | None = None
 
     def add(self, add_fn: Callable[[Any, grpc.aio.Server], None], servicer: Any, full_service_name: str) -> None:
         """Serve ``servicer``: ``add(add_GatewayServicer_to_server, servicer, "hexgen2.v1.Gateway")``."""
@@ -88,17 +92,25 @@ class GrpcServer:
             await self._health.set(name, status)
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, give running ones ``grace_s``, cancel the rest. Idempotent; a second call may shorten."""
+        """Refuse new calls, give running ones ``grace_s``, cancel the rest. Idempotent.
+
+        A second call may shorten the grace of the first, also after that was cancelled.
+        """
         if self._server is None:
             return
         await self._health.enter_graceful_shutdown()
-        async with asyncio.TaskGroup() as tasks:
-            stopping = tasks.create_task(self._server.stop(grace_s))
-            idle = tasks.create_task(self._calls.wait_idle())
-            await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
-            idle.cancel()
-            # What is left are health watches and reflection, which would last the whole grace.
-            await self._server.stop(None)
+        self._calls.refuse()
+        flush_s: float | None = _FLUSH_S
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._calls.wait_idle()
+        except TimeoutError:
+            flush_s = None
+        # gRPC's own stop crashes the process when it is called twice at once, and health watches would last its
+        # whole grace: hence our own grace above, and one task here that every caller waits for.
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._server.stop(flush_s))
+        await asyncio.shield(self._stopping)
 
 
 async def run_until_signal(start: Callable[[], Awaitable[object]], drain: Callable[[], Awaitable[object]]) -> None:
