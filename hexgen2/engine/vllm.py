@@ -1,0 +1,208 @@
+"""vLLM behind the ``Engine`` protocol: its core in a process of its own, its ranks with it or in further ones.
+
+vLLM is told tokens and answers tokens; which KV to send or load it learns from the request (``vllm_connector``). vLLM
+makes no spans of ours: callers time what they see.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+from logging import WARNING, getLogger
+from os import environ
+from pathlib import Path
+from typing import Any
+
+from hexgen2.config import KvConfig, VllmEngineConfig
+from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
+from hexgen2.engine.vllm_args import Role, engine_args, invalid, sampling_params, served_dtype
+from hexgen2.engine.vllm_env import is_cpu, prepare
+from hexgen2.errors import ConfigError, EngineFailed, HexgenError, InvalidRequest
+from hexgen2.model import ModelSpec, load_model
+
+log = getLogger(__name__)
+
+#: How long running steps may take to end before the engine's processes are killed.
+STOP_TIMEOUT_S = 10.0
+_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+class VllmEngine:
+    """See the module. One per process: vLLM is configured through the environment."""
+
+    def __init__(self, config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket: Path) -> None:
+        """``agent_socket``: where the service listens for its ranks' KV agents, before ``start``.
+
+        Raises:
+            ConfigError: the model folder cannot be served.
+        """
+        self._config = config
+        self._cpu = is_cpu()
+        self.model: ModelSpec = load_model(config.model, served_dtype(config, self._cpu))
+        self.max_model_len = config.max_model_len or self.model.max_position_embeddings
+        self._args = engine_args(config, kv, role, agent_socket, cpu=self._cpu)
+        self._llm: Any = None
+        self._in_flight = 0
+        self._stats = _Stats()
+
+    async def start(self) -> None:
+        """Load the model. Returns when every rank is up and its agent has said hello.
+
+        Raises:
+            EngineFailed: vLLM did not start.
+            ConfigError: vLLM cannot serve this model in this way.
+        """
+        num_ranks = self._config.tensor_parallel_size * self._config.pipeline_parallel_size
+        prepare(num_ranks, self._config.omp_num_threads)
+        starting = asyncio.get_running_loop().run_in_executor(None, self._build)
+        try:
+            self._llm = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # vLLM cannot be stopped half way: let it come up, then take it down.
+            self._llm = await starting
+            await self.stop()
+            raise
+        self.max_model_len = self._llm.model_config.max_model_len
+
+    def _build(self) -> Any:
+        if "VLLM_LOGGING_LEVEL" not in environ:
+            getLogger("vllm").setLevel(WARNING)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            args = AsyncEngineArgs(**self._args)
+            return AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.factory])
+        except ValueError as error:
+            raise ConfigError(f"vLLM cannot serve {self._config.model}: {_one_line(error)}") from error
+        except RuntimeError as error:
+            raise EngineFailed(f"vLLM did not start: {_one_line(error)} (see the log above)") from error
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        """Run one request; closing the iterator, or cancelling what iterates, aborts it in the engine."""
+        self._check(request)
+        params = sampling_params(request)
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        first = True
+        self._in_flight += 1
+        try:
+            async with aclosing(self._llm.generate(prompt, params, request.request_id)) as outputs:
+                async for output in outputs:
+                    yield _output(output, request.sampling.logprobs, output.num_cached_tokens if first else 0)
+                    first = False
+        except HexgenError:
+            raise
+        except Exception as error:
+            raise _translate(error) from error
+        finally:
+            self._in_flight -= 1
+
+    def _check(self, request: EngineRequest) -> None:
+        """What vLLM does not check when it has no tokenizer, and would die of."""
+        if self._llm is None:
+            raise EngineFailed("the engine is not running")
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequest("prompt_token_ids", "must not be empty")
+        if len(prompt) >= self.max_model_len:
+            raise InvalidRequest(
+                "prompt_token_ids", f"{len(prompt)} tokens; at most {self.max_model_len - 1} leave room for an answer"
+            )
+        limit = self.model.vocab_size
+        bad = [t for t in (*prompt, *request.sampling.stop_token_ids) if not 0 <= t < limit]
+        if bad:
+            raise InvalidRequest("prompt_token_ids", f"token {bad[0]} is not in the vocabulary of {limit}")
+        if request.sampling.json_schema is not None and self._args["skip_tokenizer_init"]:
+            raise InvalidRequest("sampling.json_schema", "this replica has no tokenizer to hold an answer to a schema")
+
+    async def check_health(self) -> None:
+        """Raise EngineFailed when the engine is dead."""
+        if self._llm is None:
+            raise EngineFailed("the engine is not running")
+        try:
+            await self._llm.check_health()
+        except Exception as error:
+            raise _translate(error) from error
+
+    def num_requests(self) -> tuple[int, int]:
+        """Requests running and waiting, the latter with those on their way to the engine."""
+        running = min(self._stats.num_running, self._in_flight)
+        return running, self._in_flight - running
+
+    @property
+    def num_preemptions(self) -> int:
+        """Since the start."""
+        return self._stats.num_preemptions
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the engine's blocks in use after the last step, 0 to 1."""
+        return self._stats.kv_cache_usage
+
+    async def stop(self) -> None:
+        """Stop every process of the engine. Idempotent."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
+
+
+class _Stats:
+    """What vLLM says of itself after each step."""
+
+    def __init__(self) -> None:
+        self.num_running = 0
+        self.num_preemptions = 0
+        self.kv_cache_usage = 0.0
+
+    def factory(self, _vllm_config: Any, _engine_index: int = 0) -> "_Stats":
+        """What vLLM calls a stat logger factory."""
+        return self
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        """One step."""
+        if scheduler_stats is not None:
+            self.num_running = scheduler_stats.num_running_reqs
+            self.kv_cache_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self.num_preemptions += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+    def log(self) -> None:
+        """Nothing to say."""
+
+
+def _output(output: Any, num_top: int | None, cached_tokens: int) -> EngineOutput:
+    completion = output.outputs[0]
+    reason = completion.finish_reason
+    if reason is not None and reason not in _FINISH:
+        # "error": its KV was not there to load; "abort": not by us, or nobody would listen.
+        raise EngineFailed(f"vLLM ended the request: {reason}")
+    logprobs = completion.logprobs if num_top is not None else None
+    tokens = (
+        SampledToken(token_id) if logprobs is None else _sampled(token_id, logprobs[i], num_top or 0)
+        for i, token_id in enumerate(completion.token_ids)
+    )
+    return EngineOutput(tuple(tokens), _FINISH.get(reason), cached_tokens)
+
+
+def _sampled(token_id: int, candidates: Any, num_top: int) -> SampledToken:
+    ranked: Iterable[Logprob] = (Logprob(int(t), float(c.logprob), int(c.rank)) for t, c in candidates.items())
+    top = tuple(sorted((c for c in ranked if c.rank <= num_top), key=lambda c: c.rank))
+    return SampledToken(int(token_id), float(candidates[token_id].logprob), top)
+
+
+def _translate(error: Exception) -> HexgenError:
+    """vLLM's errors as ours; ours pass."""
+    from vllm.exceptions import VLLMClientError
+
+    if isinstance(error, HexgenError):
+        return error
+    if isinstance(error, (VLLMClientError, ValueError)):
+        return invalid("sampling", error)
+    cause = error.__cause__ or error
+    return EngineFailed(f"vLLM failed: {type(cause).__name__}: {_one_line(cause)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,54 @@
+"""What must be true of a process before vLLM is imported in it. Imports nothing heavy."""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from contextlib import suppress
+
+#: Wanted by transformers for images and sound alone. PyPI's are built for CUDA and fail to import beside a CPU torch.
+OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
+
+
+def hide_unusable_packages() -> None:
+    """Make packages of another build than torch's absent in this process; text models need none of them."""
+    if not _version("torch").endswith("+cpu"):
+        return
+    for name in OPTIONAL_PACKAGES:
+        if name not in sys.modules and not _version(name).endswith("+cpu"):
+            # As if it were not installed, also for importlib.util.find_spec.
+            sys.modules[name] = None  # type: ignore[assignment]
+
+
+def prepare(num_ranks: int, omp_num_threads: int) -> None:
+    """Set this process's environment, and so its children's, for one engine. What is set already stays."""
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Through standard logging, as the process has configured it.
+        "VLLM_CONFIGURE_LOGGING": "0",
+        # Spinning threads of two engines on the same cores slow each other down tenfold.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    if num_ranks == 1:
+        # On a CPU vLLM otherwise gives even a single rank a process of its own, beside the engine core's.
+        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ["OMP_NUM_THREADS"] = str(omp_num_threads)
+    hide_unusable_packages()
+
+
+def is_cpu() -> bool:
+    """Whether vLLM will run on this machine's CPU."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _version(name: str) -> str:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return ""
