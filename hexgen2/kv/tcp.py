@@ -13,7 +13,7 @@ from hexgen2.errors import ConfigError
 from hexgen2.kv import tcp_wire as wire
 from hexgen2.kv.tcp_client import ReadConnection
 from hexgen2.kv.tcp_server import ReadServer
-from hexgen2.kv.transport import Span, TransportError, check_spans
+from hexgen2.kv.transport import Span, TransportError, check_spans, merged
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class TcpTransport:
         """Post a read, connecting first where there is no connection yet."""
         peer = wire.Endpoint.unpack(endpoint)
         check_spans(spans, peer.num_bytes, len(self._landing))
-        spans = wire.merged(spans)
+        spans = merged(spans)
         if len(spans) > wire.MAX_SPANS:
             raise TransportError(f"tcp: a read of {len(spans)} spans, at most {wire.MAX_SPANS} are allowed")
         connection = self._connections.pop(endpoint, None)

@@ -91,21 +91,3 @@ def refusal(ranges: Iterable[tuple[int, int]], num_bytes: int) -> str | None:
         if offset + length > num_bytes:
             return f"bytes {offset} to {offset + length} are outside the send buffer of {num_bytes} bytes"
     return None
-
-
-def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same bytes in fewer spans: neighbours at both ends joined, empty ones left out."""
-    result: list[Span] = []
-    for span in spans:
-        last = result[-1] if result else None
-        if not span.num_bytes:
-            continue
-        if (
-            last is not None
-            and last.remote_offset + last.num_bytes == span.remote_offset
-            and last.local_offset + last.num_bytes == span.local_offset
-        ):
-            result[-1] = Span(last.remote_offset, last.local_offset, last.num_bytes + span.num_bytes)
-        else:
-            result.append(span)
-    return tuple(result)

@@ -5,7 +5,7 @@ The reader names where bytes land, so nothing but the reader ever writes its mem
 (same process, for tests). None is thread-safe: the KV agent's thread calls every method.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +35,24 @@ def check_spans(spans: Sequence[Span], send_bytes: int, landing_bytes: int) -> N
             raise TransportError(f"{span} is outside the peer's send buffer of {send_bytes} bytes")
         if span.local_offset + span.num_bytes > landing_bytes:
             raise TransportError(f"{span} is outside our landing buffer of {landing_bytes} bytes")
+
+
+def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same bytes in fewer spans: neighbours at both ends joined, empty ones left out."""
+    result: list[Span] = []
+    for span in spans:
+        last = result[-1] if result else None
+        if not span.num_bytes:
+            continue
+        if (
+            last is not None
+            and last.remote_offset + last.num_bytes == span.remote_offset
+            and last.local_offset + last.num_bytes == span.local_offset
+        ):
+            result[-1] = Span(last.remote_offset, last.local_offset, last.num_bytes + span.num_bytes)
+        else:
+            result.append(span)
+    return tuple(result)
 
 
 class Transport(Protocol):
