@@ -56,6 +56,12 @@ class KvCorrupt(HexgenError):
     status = "DATA_LOSS"
 
 
+class ReplicaConflict(HexgenError):
+    """A worker registers with an id or address that another one, which is alive, has."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class Overloaded(HexgenError):
     """A bounded queue is full. ``retry_after_s`` reaches the client as Retry-After."""
 

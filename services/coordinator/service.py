@@ -1,0 +1,149 @@
+"""Takes workers' reports and pushes the plan to gateways. What follows from a report is ``hexgen2.fleet_state``'s."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import structlog
+from opentelemetry import trace
+
+from hexgen2.errors import InvalidRequest, ReplicaConflict, Unavailable
+from hexgen2.fleet_state import Change, FleetState
+from hexgen2.plan import ReplicaState
+from hexgen2.rpc import convert
+from hexgen2.rpc.client import traceparent
+from hexgen2.v1 import coordinator_pb2 as pb
+from hexgen2.v1 import coordinator_pb2_grpc
+
+#: Loads change all the time; watchers hear of them at most this often.
+LOAD_INTERVAL_S = 1.0
+#: Waking up later than this means that the whole process stood still.
+STALL_S = 1.0
+#: Ids whose refusal is remembered, so that it is logged once.
+MAX_REFUSED = 1000
+
+SERVICE = "hexgen2.v1.Coordinator"
+#: One span a second and worker, and one that never ends: neither tells anything.
+UNTRACED = frozenset({f"/{SERVICE}/Report", f"/{SERVICE}/WatchPlan"})
+
+log = structlog.get_logger(__name__)
+
+
+class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
+    """See the module. The owner runs ``run_expiry`` beside the server and calls ``close`` when it drains."""
+
+    def __init__(
+        self,
+        state: FleetState,
+        clock: Callable[[], float],
+        load_interval_s: float = LOAD_INTERVAL_S,
+    ) -> None:
+        self._state = state
+        self._clock = clock
+        self._load_interval_s = load_interval_s
+        self._closed = False
+        # How often states or members (0) and loads (1) have changed, and what wakes those who wait for it.
+        self._versions = (0, 0)
+        self._changed = asyncio.Event()
+        self._refused: dict[str, str] = {}
+
+    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
+        """Registration, heartbeat and load of a worker."""
+        replica = convert.replica_from_proto(request.replica)
+        state = convert.state_from_proto(request.state)
+        try:
+            change = self._state.report(replica, state, convert.load_from_proto(request.load), self._clock())
+        except (InvalidRequest, ReplicaConflict) as error:
+            self._log_refusal(replica.replica_id, context.peer(), str(error))
+            raise
+        self._refused.pop(replica.replica_id, None)
+        if change >= Change.STATE:
+            log.info("replica", replica=replica.replica_id, state=state.value, address=replica.address)
+        self._follow(change)
+        return pb.ReportResponse(role=convert.role_to_proto(replica.role), plan_epoch=self._state.plan.epoch)
+
+    async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
+        """The plan and every replica's status, now."""
+        return pb.GetPlanResponse(
+            plan=convert.plan_to_proto(self._state.plan),
+            statuses=[convert.status_to_proto(status) for status in self._state.statuses],
+        )
+
+    async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.WatchPlanResponse]:
+        """The plan now, at once when it or a state changes, and at most once a second when loads do."""
+        while not self._closed:
+            seen, sent_s = self._versions, self._clock()
+            yield pb.WatchPlanResponse(
+                plan=convert.plan_to_proto(self._state.plan),
+                statuses=[convert.status_to_proto(status) for status in self._state.statuses],
+            )
+            await self._news(seen, sent_s)
+        raise Unavailable("the coordinator is stopping")
+
+    async def run_expiry(self) -> None:
+        """Mark silent replicas as lost when their time comes; runs until cancelled."""
+        while True:
+            deadline = self._state.next_deadline()
+            if deadline is None:
+                await self._changed.wait()
+                continue
+            now_s = self._clock()
+            if now_s < deadline:
+                await asyncio.sleep(deadline - now_s)
+                stalled_s = self._clock() - deadline
+                if stalled_s > STALL_S:
+                    log.warning("stalled", seconds=round(stalled_s, 1))
+                    self._state.forgive(stalled_s)
+                continue
+            before = {status.replica_id: status.state for status in self._state.statuses}
+            change = self._state.expire(now_s)
+            for status in self._state.statuses:
+                if status.state is ReplicaState.LOST and before[status.replica_id] is not ReplicaState.LOST:
+                    log.warning("replica", replica=status.replica_id, state="lost")
+            self._follow(change)
+
+    def close(self) -> None:
+        """End every watch; those who watch come again, to the next coordinator."""
+        self._closed = True
+        self._wake()
+
+    def _follow(self, change: Change) -> None:
+        if change is Change.NOTHING:
+            return
+        if change is Change.MEMBERS:
+            with trace.get_tracer("hexgen2").start_as_current_span("coordinator.plan") as span:
+                plan = self._state.replan(traceparent())
+                span.set_attribute("hexgen2.plan.epoch", plan.epoch)
+                span.set_attribute("hexgen2.plan.replicas", [each.replica_id for each in plan.replicas])
+                span.set_attribute("hexgen2.plan.routes", len(plan.routes))
+                log.info("plan", plan_epoch=plan.epoch, replicas=len(plan.replicas), routes=len(plan.routes))
+        states, loads = self._versions
+        self._versions = (states, loads + 1) if change is Change.LOAD else (states + 1, loads)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _news(self, seen: tuple[int, int], sent_s: float) -> None:
+        """Return when there is something to send to a watcher that has ``seen`` these versions since ``sent_s``."""
+        while not self._closed and self._versions[0] == seen[0]:
+            left_s = None
+            if self._versions[1] != seen[1]:
+                left_s = sent_s + self._load_interval_s - self._clock()
+                if left_s <= 0:
+                    return
+            try:
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+
+    def _log_refusal(self, replica_id: str, peer: str, reason: str) -> None:
+        # A worker repeats its report every second; it is logged when its reason changes.
+        if self._refused.get(replica_id) == reason:
+            return
+        if len(self._refused) >= MAX_REFUSED:
+            self._refused.clear()
+        self._refused[replica_id] = reason
+        log.warning("report_refused", peer=peer, reason=reason)
