@@ -58,7 +58,7 @@ def serve_and_exit(service: Coroutine[Any, Any, None]) -> None:
     sys.exit(status)
 
 
-def service_command(name: str, cls: type[C], run: Callable[[C], None]) -> click.Command:
+def service_command(name: str, cls: type[C], run: Callable[[C], None], summary: str = "") -> click.Command:
     """A command with ``--config FILE`` and a flag for each field of ``cls``; flags win over the file."""
     places = {place: field for place, field in _leaves(cls) if place[-1] != ROLE}
     names = {_parameter(place): place for place in places}
@@ -79,7 +79,7 @@ def service_command(name: str, cls: type[C], run: Callable[[C], None]) -> click.
         click.Option([flag_name(place), _parameter(place)], type=_kind(field.annotation), help=_help(place, field))
         for place, field in places.items()
     ]
-    return click.Command(name, callback=callback, params=[file, *options], help=f"Run one {name} process.")
+    return click.Command(name, callback=callback, params=[file, *options], help=summary or f"Run one {name} process.")
 
 
 def merge(cls: type[C], config: Path | None, given: Mapping[Place, str], fixed: Mapping[str, str]) -> C:
@@ -92,8 +92,6 @@ def merge(cls: type[C], config: Path | None, given: Mapping[Place, str], fixed: 
     for field, value in fixed.items():
         if data.setdefault(field, value) != value:
             raise ConfigError(f"{config}:{line_of(lines, (field,))}: {field}: this process can only be {value!r}")
-    if "engine" in cls.model_fields:
-        data.setdefault("engine", {})
     for place, text in given.items():
         inner = data
         for part in place[:-1]:
@@ -101,8 +99,8 @@ def merge(cls: type[C], config: Path | None, given: Mapping[Place, str], fixed: 
             if not isinstance(inner, dict):
                 raise ConfigError(f"{config}:{line_of(lines, place)}: {part}: expected fields (`name: value`)")
         inner[str(place[-1])] = text
-    if isinstance(data.get("engine"), dict):
-        data["engine"].setdefault(KIND, "vllm")
+    if "engine" in cls.model_fields and isinstance(engine := data.setdefault("engine", {}), dict):
+        engine.setdefault(KIND, "vllm")
 
     def where(place: Place) -> str:
         if place in given:

@@ -1,0 +1,220 @@
+"""A fleet on this machine: coordinator, prefill and decode workers and gateway, each a process of its own.
+
+``hexgen2 up`` and ``hexgen2 demo`` run one; so do tests::
+
+    async with Fleet(FleetConfig(...), run_dir) as fleet:
+        ... fleet.grpc_address, fleet.http_address, fleet["prefill-0"].send(signal.SIGKILL)
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hexgen2.address import check_free, format_address, parse_address
+from hexgen2.cli.fleet_config import FleetConfig, default_model
+from hexgen2.cli.process import ServiceProcess, died
+from hexgen2.config import Config, CoordinatorConfig, GatewayConfig, VllmEngineConfig, WorkerConfig
+from hexgen2.errors import HexgenError
+from hexgen2.model import load_model
+from hexgen2.plan import Plan, ReplicaState
+from hexgen2.rpc.client import channel
+from hexgen2.rpc.convert import plan_from_proto, status_from_proto
+from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+#: How often a fleet that starts is looked at.
+LOOK_S = 0.2
+#: One look at one process.
+LOOK_TIMEOUT_S = 2.0
+
+#: What a start-up shows of each process, by name.
+States = Mapping[str, str]
+
+
+class FleetError(HexgenError):
+    """A process of the fleet died or did not become ready; says which, and the end of its log."""
+
+    status = "UNAVAILABLE"
+
+
+class Fleet:
+    """See the module. ``run_dir`` receives configuration files and logs."""
+
+    def __init__(self, config: FleetConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        with ExitStack() as held:
+            self.grpc_address = _choose_port(config.listen, "listen", held)
+            self.http_address = _choose_port(config.http_listen, "http_listen", held)
+            self.coordinator_address = _choose_port(config.coordinator, "coordinator", held)
+        #: Set: stop at once instead of letting running requests end.
+        self.hurry = asyncio.Event()
+        self._processes = {process.name: process for process in self._make()}
+
+    def __getitem__(self, name: str) -> ServiceProcess:
+        """``coordinator``, ``gateway``, ``prefill-0``, ``decode-0``, ..."""
+        return self._processes[name]
+
+    @property
+    def processes(self) -> tuple[ServiceProcess, ...]:
+        """In the order in which they start."""
+        return tuple(self._processes.values())
+
+    async def __aenter__(self) -> "Fleet":
+        """Start, and stop again when that fails."""
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        await self.stop()
+
+    async def start(self, show: Callable[[States], None] = lambda states: None) -> None:
+        """Start every process and wait until all are ready; ``show`` is called with their states meanwhile.
+
+        Raises:
+            FleetError: one died, or not all were ready within ``start_timeout_s``.
+        """
+        deadline = time.monotonic() + self.config.start_timeout_s
+        for process in self.processes:
+            await process.start()
+        async with channel(self.coordinator_address) as coordinator, channel(self.grpc_address) as gateway:
+            while True:
+                states = await self._states(coordinator, gateway)
+                show(states)
+                if dead := [process for process in self.processes if process.returncode is not None]:
+                    raise FleetError("\n".join(died(process) for process in dead))
+                if all(state == ReplicaState.READY for state in states.values()):
+                    return
+                if time.monotonic() > deadline:
+                    late = [process for process in self.processes if states[process.name] != ReplicaState.READY]
+                    told = "\n".join(f"{p.name} is {states[p.name]}; see {p.log_file}\n{p.tail()}" for p in late)
+                    raise FleetError(f"not ready within {self.config.start_timeout_s:.0f} s:\n{told}")
+                await asyncio.sleep(LOOK_S)
+
+    async def watch(self) -> ServiceProcess:
+        """Wait until a process ends by itself; return it."""
+        waits = {asyncio.ensure_future(process.wait()): process for process in self.processes}
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return waits[done.pop()]
+
+    async def stop(self, show: Callable[[str], None] = lambda name: None) -> None:
+        """Stop the gateway first, so that nothing new comes in, then the workers, then the coordinator. Idempotent."""
+        # A service drains for as long as its configuration says; the time on top is for the rest of its ending.
+        drain_s = self.config.drain_s + 5.0
+        workers = [process for process in self.processes if process.service in ("prefill", "decode")]
+        for group in ([self["gateway"]], workers, [self["coordinator"]]):
+            for process in group:
+                if process.returncode is None:
+                    show(process.name)
+            async with asyncio.TaskGroup() as tasks:
+                for process in group:
+                    tasks.create_task(process.stop(drain_s, self.hurry))
+
+    async def plan(self) -> Plan:
+        """The coordinator's plan now."""
+        async with channel(self.coordinator_address) as coordinator:
+            stub: coordinator_pb2_grpc.CoordinatorAsyncStub = coordinator_pb2_grpc.CoordinatorStub(coordinator)
+            answer = await stub.GetPlan(coordinator_pb2.GetPlanRequest(), timeout=LOOK_TIMEOUT_S)
+            return plan_from_proto(answer.plan)
+
+    async def _states(self, coordinator: grpc.aio.Channel, gateway: grpc.aio.Channel) -> dict[str, str]:
+        states: dict[str, str] = {process.name: ReplicaState.STARTING for process in self.processes}
+        if await _is_serving(coordinator):
+            states["coordinator"] = ReplicaState.READY
+            stub: coordinator_pb2_grpc.CoordinatorAsyncStub = coordinator_pb2_grpc.CoordinatorStub(coordinator)
+            try:
+                answer = await stub.GetPlan(coordinator_pb2.GetPlanRequest(), timeout=LOOK_TIMEOUT_S)
+            except grpc.aio.AioRpcError:
+                return states
+            for status in map(status_from_proto, answer.statuses):
+                if status.replica_id in states:
+                    states[status.replica_id] = status.state
+        if await _is_serving(gateway):
+            states["gateway"] = ReplicaState.READY
+        return states
+
+    def _make(self) -> list[ServiceProcess]:
+        """Write every process's configuration file."""
+        config, engine = self.config, self.config.engine
+        if isinstance(engine, VllmEngineConfig):
+            tokenizer, served_name = config.tokenizer or engine.model, config.served_model_name
+        else:
+            tokenizer, served_name = config.tokenizer or default_model(), config.served_model_name or engine.name
+            if "vocab_size" not in engine.model_fields_set:
+                # Its tokens must be the tokenizer's, both ways.
+                engine = engine.model_copy(update={"vocab_size": load_model(tokenizer).vocab_size})
+        host, _ = parse_address(self.coordinator_address)
+        members: list[tuple[str, str, Config]] = [
+            ("coordinator", "coordinator", CoordinatorConfig(listen=self.coordinator_address))
+        ]
+        for role, count in (("prefill", config.prefill), ("decode", config.decode)):
+            for number in range(count):
+                name = f"{role}-{number}"
+                worker = WorkerConfig(
+                    role="prefill" if role == "prefill" else "decode",
+                    replica_id=name,
+                    listen=format_address(host, 0),
+                    coordinator=self.coordinator_address,
+                    engine=engine,
+                    kv=config.kv,
+                    drain_s=config.drain_s,
+                )
+                members.append((name, role, worker))
+        gateway = GatewayConfig(
+            listen=self.grpc_address,
+            http_listen=self.http_address,
+            coordinator=self.coordinator_address,
+            model=tokenizer,
+            served_model_name=served_name,
+            drain_s=config.drain_s,
+        )
+        members.append(("gateway", "gateway", gateway))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        processes = []
+        for name, service, settings in members:
+            file = self.run_dir / f"{name}.yaml"
+            file.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+            processes.append(ServiceProcess(name, service, file, self.run_dir / f"{name}.log"))
+        return processes
+
+
+async def _is_serving(peer: grpc.aio.Channel) -> bool:
+    # Its published types know the blocking stub only.
+    stub: Any = health_pb2_grpc.HealthStub(peer)  # type: ignore[arg-type,unused-ignore]
+    try:
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=LOOK_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return False
+    serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
+    return serving
+
+
+def _choose_port(listen: str, what: str, held: ExitStack) -> str:
+    """``listen`` when it is free, or with a free port when its port is 0; held until all are chosen."""
+    host, port = parse_address(listen, what=what)
+    if port:
+        check_free(listen, what=what)
+        return listen
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    probe = held.enter_context(socket.socket(family))
+    probe.bind((host, 0))
+    return format_address(host, probe.getsockname()[1])

@@ -1,0 +1,154 @@
+"""The ``hexgen2`` command: what its sub-commands are called and take; each is carried out in a file of its own."""
+
+import asyncio
+import importlib
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from pydantic import BaseModel
+from rich.console import Console
+
+from hexgen2.cli import up as up_command
+from hexgen2.cli.fleet_config import FleetConfig
+from hexgen2.cli.generate import ask
+from hexgen2.cli.options import serve_and_exit, service_command
+from hexgen2.cli.prepare import prepare
+from hexgen2.cli.status import show_status
+from hexgen2.config import CoordinatorConfig, GatewayConfig, WorkerConfig
+from hexgen2.errors import HexgenError
+from hexgen2.v1 import gateway_pb2
+
+C = TypeVar("C", bound=BaseModel)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def timeout(default_s: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The ``--timeout`` option."""
+    limits = click.FloatRange(min=0, min_open=True)
+    return click.option("--timeout", type=limits, default=default_s, show_default=True, metavar="S", help="Seconds.")
+
+
+class Commands(click.Group):
+    """Commands in the order in which they were added; every error told in one place."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See click."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See click."""
+        try:
+            return super().invoke(ctx)
+        except HexgenError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="hexgen2")
+def main() -> None:
+    """Serve a language model with prefill and decode apart.
+
+    \b
+    First steps:
+      hexgen2 up                        start everything on this machine; Ctrl-C stops it
+      hexgen2 generate "Tell a joke"    in another terminal: ask it
+      hexgen2 trace last                see where the time went
+      hexgen2 status                    see the replicas and what they do
+
+    Without a model of your own SmolLM2-135M-Instruct is used. Models, logs and traces are kept in
+    ~/.cache/hexgen2, or where HEXGEN2_HOME says.
+    """
+
+
+main.add_command(
+    service_command("up", FleetConfig, up_command.up, "Start coordinator, workers and gateway on this machine.")
+)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--address", default="127.0.0.1:50051", show_default=True, help="The gateway's host:port.")
+@click.option("--model", default="", help="Its name; default: the one that is served.")
+@click.option("--system", default="", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
+@click.option("--max-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int)
+@click.option("--seed", type=int)
+@click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
+@timeout(300.0)
+@as_json
+def generate(prompt: str, address: str, timeout: float, as_json: bool, **options: Any) -> None:
+    """Ask a running gateway; the answer is printed as it is made."""
+    asyncio.run(ask(address, make_request(prompt, **options), timeout, as_json=as_json))
+
+
+def make_request(
+    prompt: str,
+    *,
+    model: str = "",
+    system: str = "",
+    raw: bool = False,
+    stop: tuple[str, ...] = (),
+    **sampling: Any,
+) -> gateway_pb2.GenerateRequest:
+    """A request out of the command's options; those that are None stay unset."""
+    request = gateway_pb2.GenerateRequest(model=model, stop=stop)
+    for name, value in sampling.items():
+        if value is not None:
+            try:
+                setattr(request.sampling, name, value)
+            except ValueError as error:
+                # Does not fit the field's type; all other limits are the gateway's to judge.
+                raise click.UsageError(f"--{name.replace('_', '-')}: {error}") from error
+    if raw:
+        request.prompt = prompt
+    else:
+        if system:
+            request.chat.messages.add(role="system", content=system)
+        request.chat.messages.add(role="user", content=prompt)
+    return request
+
+
+@main.command()
+@click.option("--coordinator", default="127.0.0.1:50052", show_default=True, help="The coordinator's host:port.")
+@timeout(5.0)
+@as_json
+def status(coordinator: str, timeout: float, as_json: bool) -> None:
+    """Show the plan and what every replica does."""
+    asyncio.run(show_status(coordinator, timeout, Console(), as_json=as_json))
+
+
+@main.group()
+def model() -> None:
+    """Models on this machine."""
+
+
+@model.command("prepare")
+@as_json
+def model_prepare(as_json: bool) -> None:
+    """Make the default model's folder (93 MB to download, 540 MB on disk); nothing when it is there."""
+    folder = prepare(Console(stderr=as_json))
+    click.echo(json.dumps({"model": str(folder)}) if as_json else f"model: {folder}")
+
+
+def _service(name: str, cls: type[C]) -> click.Command:
+    def run(config: C) -> None:
+        # By name: the library does not depend on the services, this command only starts them.
+        serve_and_exit(importlib.import_module(f"services.{name}.__main__").serve(config))
+
+    return service_command(name, cls, run)
+
+
+main.add_command(_service("gateway", GatewayConfig))
+main.add_command(_service("coordinator", CoordinatorConfig))
+main.add_command(_service("prefill", WorkerConfig))
+main.add_command(_service("decode", WorkerConfig))
+
+if __name__ == "__main__":
+    main()

