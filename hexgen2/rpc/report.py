@@ -148,6 +148,10 @@ class PlanWatcher:
         except TimeoutError:
             raise Unavailable(f"no replica can serve after {timeout_s:g} s: {self._why()}") from None
 
+    async def wait_changed(self) -> None:
+        """Return at the next change of the plan or of a status."""
+        await self._changed.wait()
+
     def _why(self) -> str:
         if self._trouble is not None:
             return f"coordinator {self._address}: {self._trouble}"
