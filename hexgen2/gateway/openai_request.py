@@ -9,6 +9,9 @@ from hexgen2.errors import InvalidRequest
 from hexgen2.gateway import fields
 from hexgen2.gateway.limits import Wishes
 
+#: Of messages. Tools are not served, so neither are their answers.
+ROLES = ("system", "developer", "user", "assistant")
+
 
 class _Body(BaseModel):
     # JSON types are meant: "5" is no number, true is no 1. What is not declared is for fields.check_others.

@@ -1,0 +1,137 @@
+"""Where a request goes, first and after a failure. Decides from the plan, the states and what is in flight; no I/O."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hexgen2.engine.base import Sampling
+from hexgen2.errors import Overloaded, StaleEpoch, Unavailable
+from hexgen2.gateway.life import Side, TryAgain, Way, for_client
+from hexgen2.plan import Plan, Replica, ReplicaStatus, Role
+from hexgen2.routing import RouteKey, Router, pick_colocated, usable_routes
+
+
+class PlanSource(Protocol):
+    """The newest plan and states: ``rpc.report.PlanWatcher``."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force; an empty one before the first."""
+
+    @property
+    def statuses(self) -> Mapping[str, ReplicaStatus]:
+        """States by replica id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Who serves an attempt. ``prefill`` is None when colocated, ``decode`` when the first token is the last."""
+
+    way: Way
+    plan_epoch: int
+    prefill: Replica | None
+    decode: Replica | None
+    #: Both ends of the route that the attempt counts against.
+    key: RouteKey = ("", "")
+
+
+class Dispatch:
+    """Keeps the count of what is in flight. One per gateway."""
+
+    def __init__(self, plans: PlanSource) -> None:
+        self._plans = plans
+        self._router = Router()
+        self._on_routes: Counter[RouteKey] = Counter()
+        self._colocated: Counter[str] = Counter()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._plans.plan
+
+    def usable(self) -> bool:
+        """Whether a request could be served now."""
+        plan, statuses = self._plans.plan, self._plans.statuses
+        return bool(usable_routes(plan, statuses) or pick_colocated(plan, statuses, {}))
+
+    def first(self, sampling: Sampling) -> Targets:
+        """For a new request.
+
+        Raises:
+            Unavailable: no replica that could serve it is ready.
+        """
+        targets = None if sampling.needs_history else self._route(sampling, frozenset())
+        targets = targets or self._on_decode(frozenset())
+        if targets is None:
+            raise Unavailable("no replica is ready to serve this request; try again shortly")
+        return targets
+
+    def again(self, sampling: Sampling, tried: Targets, failure: TryAgain) -> Targets:
+        """For a second attempt: elsewhere as far as possible, else the same once more.
+
+        Raises:
+            HexgenError: the failure itself, where trying again cannot help.
+        """
+        if isinstance(failure.error, StaleEpoch):
+            return self.first(sampling)
+        found = self._elsewhere(sampling, tried, failure.side)
+        if found is None and not isinstance(failure.error, Overloaded):
+            # A way round prefill, or the same replicas: the connection may have been all that was lost.
+            if tried.way is Way.COLOCATED or failure.side is Side.PREFILL:
+                found = self._on_decode(frozenset())
+            else:
+                found = self._route(sampling, frozenset())
+        if found is None:
+            raise for_client(failure.error)
+        return found
+
+    def other_decode(self, targets: Targets, failed: frozenset[str]) -> Replica | None:
+        """Another decode replica that the same prefill may hand over to."""
+        assert targets.prefill is not None
+        prefill_id = targets.prefill.replica_id
+        others = frozenset(r.replica_id for r in self.plan.replicas if r.role is Role.PREFILL) - {prefill_id}
+        route = self._router.pick(self.plan, self._plans.statuses, self._on_routes, failed | others)
+        return None if route is None else self.plan.replica(route.decode_replica_id)
+
+    @contextmanager
+    def counted(self, targets: Targets) -> Iterator[None]:
+        """Counts the attempt as in flight."""
+        colocated = targets.way is Way.COLOCATED and targets.decode is not None
+        counter: Counter[Any] = self._colocated if colocated else self._on_routes
+        key = targets.decode.replica_id if colocated and targets.decode else targets.key
+        counter[key] += 1
+        try:
+            yield
+        finally:
+            counter[key] -= 1
+            if not counter[key]:
+                del counter[key]
+
+    def _elsewhere(self, sampling: Sampling, tried: Targets, side: Side) -> Targets | None:
+        prefill = frozenset({tried.prefill.replica_id} if tried.prefill else ())
+        decode = frozenset({tried.decode.replica_id} if tried.decode else ())
+        if tried.way is Way.COLOCATED:
+            return self._on_decode(decode)
+        # What prefill's call reports is prefill's failure; what decode's reports may be either's.
+        ladder = [prefill | decode, prefill] if side is Side.PREFILL else [prefill | decode, decode, prefill]
+        return next((found for exclude in ladder if (found := self._route(sampling, exclude))), None)
+
+    def _route(self, sampling: Sampling, exclude: frozenset[str]) -> Targets | None:
+        plan = self.plan
+        route = self._router.pick(plan, self._plans.statuses, self._on_routes, exclude)
+        if route is None:
+            return None
+        key = (route.prefill_replica_id, route.decode_replica_id)
+        prefill, decode = plan.replica(key[0]), plan.replica(key[1])
+        if sampling.max_tokens == 1:
+            return Targets(Way.FIRST_ONLY, plan.epoch, prefill, None, key)
+        return Targets(Way.HAND_OVER, plan.epoch, prefill, decode, key)
+
+    def _on_decode(self, exclude: frozenset[str]) -> Targets | None:
+        plan = self.plan
+        replica_id = pick_colocated(plan, self._plans.statuses, self._colocated, exclude)
+        if replica_id is None:
+            return None
+        return Targets(Way.COLOCATED, plan.epoch, None, plan.replica(replica_id))

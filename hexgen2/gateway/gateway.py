@@ -1,0 +1,160 @@
+"""The gateway behind both its faces: admits requests, knows the model, and makes an answer of tokens."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from opentelemetry import trace
+
+from hexgen2 import metrics
+from hexgen2.config import GatewayConfig
+from hexgen2.engine.base import FinishReason, SampledToken
+from hexgen2.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from hexgen2.gateway import observe
+from hexgen2.gateway.answer import Answer
+from hexgen2.gateway.dispatch import Dispatch, PlanSource
+from hexgen2.gateway.job import Job, Piece, Summary, Usage
+from hexgen2.gateway.limits import ModelLimits
+from hexgen2.gateway.peers import Peers
+from hexgen2.gateway.runner import follow
+from hexgen2.text.tokenizer import TextModel
+
+#: Shorter texts are tokenised faster than a thread takes over.
+_INLINE_CHARS = 4096
+
+Emit = Callable[[Piece], Awaitable[None]]
+
+
+class Gateway:
+    """See the module. ``plans`` is the newest plan; ``text`` the model's tokenizer. ``close`` when done."""
+
+    def __init__(self, config: GatewayConfig, text: TextModel, plans: PlanSource) -> None:
+        self.config = config
+        self.text = text
+        self.model_name = config.served_model_name or Path(config.model).resolve().name
+        self.draining = False
+        self.num_running = 0
+        self._plans = plans
+        self._dispatch = Dispatch(plans)
+        self._peers = Peers(self._planned_addresses)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def ready(self) -> bool:
+        """Whether a request could be served now."""
+        return not self.draining and self._dispatch.usable()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotFound unless that is the served model; None and "" mean it."""
+        if name and name != self.model_name:
+            raise ModelNotFound(f"the model {name[:200]!r} does not exist here; {self.model_name!r} is served")
+
+    def limits(self) -> ModelLimits:
+        """What the model allows. Unavailable while neither configuration nor a plan says how long a context may be."""
+        # A replica that still starts does not know its own.
+        lengths = [each.max_model_len for each in self._plans.plan.replicas if each.max_model_len]
+        if self.config.max_model_len is not None:
+            lengths.append(self.config.max_model_len)
+        if not lengths:
+            raise Unavailable("no replica is ready yet; try again shortly")
+        return ModelLimits(
+            min(lengths), self.text.vocab_size, self.text.eos_token_ids, dict(self.text.sampling_defaults)
+        )
+
+    async def encode(self, text: str, field: str) -> tuple[int, ...]:
+        """Token ids of a plain prompt, off the event loop when it is long."""
+        if not text:
+            raise InvalidRequest(field, "must not be empty")
+        if len(text) <= _INLINE_CHARS:
+            return self.text.encode(text)
+        return await asyncio.to_thread(self.text.encode, text)
+
+    async def encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation, likewise."""
+        if sum(len(message["content"]) for message in messages) <= _INLINE_CHARS:
+            return self.text.encode_chat(messages)
+        return await asyncio.to_thread(self.text.encode_chat, messages)
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """For the length of a request, from before its body is read.
+
+        Raises:
+            Unavailable: the gateway is stopping.
+            Overloaded: as many requests as it takes at once are there already.
+        """
+        if self.draining:
+            raise Unavailable("the gateway is stopping")
+        if self.num_running >= self.config.max_concurrent_requests:
+            raise Overloaded(f"{self.num_running} requests are running, which is the limit; try again shortly")
+        self.num_running += 1
+        self._idle.clear()
+        metrics.NUM_REQUESTS_RUNNING.set(self.num_running)
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            metrics.NUM_REQUESTS_RUNNING.set(self.num_running)
+            if not self.num_running:
+                self._idle.set()
+
+    async def generate(self, job: Job, emit: Emit, watch: observe.Stopwatch, deadline: float) -> Summary:
+        """Serve an admitted request, within the current span. The last piece has a finish reason.
+
+        ``deadline`` is by ``time.monotonic``.
+
+        Raises:
+            HexgenError: what the client is to be told. Nothing runs any more then.
+        """
+        span = trace.get_current_span()
+        observe.describe(span, job)
+        plan = self._dispatch.plan
+        observe.link_plan(span, plan.epoch, plan.traceparent)
+        answer = Answer(job, self.text.detokenizer(job.prompt_token_ids))
+        finish_reason = FinishReason.STOP
+
+        async def give(tokens: tuple[SampledToken, ...], finish: FinishReason | None) -> bool:
+            nonlocal finish_reason
+            piece = answer.add(tokens, finish)
+            watch.tokens(len(piece.tokens))
+            finish_reason = piece.finish_reason or finish_reason
+            await emit(piece)
+            return answer.finished
+
+        async with observe.within(deadline, watch):
+            attempt = await follow(job, self._dispatch, self._peers, give, deadline)
+        usage = Usage(len(job.prompt_token_ids), answer.num_tokens, attempt.life.cached_tokens)
+        observe.succeeded(span, watch, usage, finish_reason)
+        return Summary(
+            usage=usage,
+            trace_id=observe.trace_id(span),
+            ttft_s=watch.ttft_s,
+            tpot_s=watch.tpot_s,
+            e2e_s=watch.e2e_s,
+            prefill_replica_id=attempt.prefill.replica_id if attempt.prefill else "",
+            decode_replica_id=attempt.decode.replica_id if attempt.decode else "",
+            kv=attempt.life.kv,
+        )
+
+    async def plan_changed(self) -> None:
+        """Let go of what the plan before needed."""
+        await self._peers.prune()
+
+    async def drain(self, grace_s: float) -> bool:
+        """Take no more requests and wait for those that run; whether all ended in time."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Free everything. Idempotent."""
+        self.draining = True
+        await self._peers.close()
+
+    def _planned_addresses(self) -> frozenset[str]:
+        return frozenset(replica.address for replica in self._plans.plan.replicas)

@@ -1,0 +1,78 @@
+"""uvicorn in the event loop of the process, which keeps its signals to itself."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from hexgen2.address import check_free, format_address, parse_address, port_in_use
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals stop the whole process, in order; see ``rpc.server.run_until_signal``."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Tell when connections are served."""
+        await super().startup(sockets)
+        self.up.set()
+
+
+class HttpServer:
+    """Life: ``start``, then ``stop``. Use as the owner of one app's listening socket."""
+
+    def __init__(self, app: ASGIApp, listen: str) -> None:
+        self._app = app
+        self._listen = listen
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Listen, and return host:port as really bound.
+
+        Raises:
+            ConfigError: the address cannot be bound; one line with the remedy.
+        """
+        host, port = parse_address(self._listen, what="http_listen")
+        if port:
+            check_free(self._listen, what="http_listen")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port))
+            listening.listen(1024)
+        except OSError:
+            listening.close()
+            # Taken between the check and here.
+            raise port_in_use(self._listen) from None
+        config = uvicorn.Config(
+            self._app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+        server = self._server = _Server(config)
+        self._task = asyncio.create_task(server.serve([listening]))
+        await server.up.wait()
+        return format_address(host, listening.getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close connections that are idle at once, others after a second. Idempotent."""
+        if self._server is None or self._task is None:
+            return
+        self._server.should_exit = True
+        await self._task
+        self._server = self._task = None
