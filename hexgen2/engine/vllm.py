@@ -7,19 +7,16 @@ makes no spans of ours: callers time what they see.
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
-from logging import WARNING, getLogger
-from os import environ
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.vllm_args import Role, engine_args, invalid, sampling_params, served_dtype
-from hexgen2.engine.vllm_env import is_cpu, prepare
+from hexgen2.engine.vllm_env import adopt_logging, is_cpu, prepare
 from hexgen2.errors import ConfigError, EngineFailed, HexgenError, InvalidRequest
 from hexgen2.model import ModelSpec, load_model
-
-log = getLogger(__name__)
 
 #: How long running steps may take to end before the engine's processes are killed.
 STOP_TIMEOUT_S = 10.0
@@ -64,11 +61,10 @@ class VllmEngine:
         self.max_model_len = self._llm.model_config.max_model_len
 
     def _build(self) -> Any:
-        if "VLLM_LOGGING_LEVEL" not in environ:
-            getLogger("vllm").setLevel(WARNING)
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        adopt_logging(WARNING)
         try:
             args = AsyncEngineArgs(**self._args)
             return AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.factory])

@@ -45,6 +45,7 @@ def engine_args(config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket
         # Decode takes all of a prompt's KV from prefill: a cache of its own would only hold it twice.
         "enable_prefix_caching": role == "prefill",
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "kv_transfer_config": {
             "kv_connector": "HexgenConnector",
             "kv_connector_module_path": "hexgen2.engine.vllm_connector",

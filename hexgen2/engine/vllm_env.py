@@ -1,7 +1,7 @@
 """What must be true of a process before vLLM is imported in it. Imports nothing heavy."""
 
 import importlib.metadata
-import importlib.util
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -26,8 +26,10 @@ def prepare(num_ranks: int, omp_num_threads: int) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        # Through standard logging, as the process has configured it.
-        "VLLM_CONFIGURE_LOGGING": "0",
+        # Of the engine's own processes; this one logs vLLM's warnings as it logs everything (``adopt_logging``).
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         # Spinning threads of two engines on the same cores slow each other down tenfold.
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -39,6 +41,14 @@ def prepare(num_ranks: int, omp_num_threads: int) -> None:
         os.environ.setdefault(name, value)
     os.environ["OMP_NUM_THREADS"] = str(omp_num_threads)
     hide_unusable_packages()
+
+
+def adopt_logging(level: int) -> None:
+    """After vLLM's import: its records go where all of this process's do, from ``level`` on."""
+    logger = logging.getLogger("vllm")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(level)
 
 
 def is_cpu() -> bool:

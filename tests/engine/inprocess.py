@@ -14,8 +14,6 @@ from hexgen2.engine import vllm_env
 from hexgen2.engine.base import EngineRequest, Sampling
 from hexgen2.kv.wire import KvShape, RankSlice, num_chunks
 
-CLIENT_ID = "client"
-
 
 @dataclass
 class Store:
@@ -91,8 +89,11 @@ class Answer:
 
 
 @contextmanager
-def engine(store: Store, config: VllmEngineConfig, role: str) -> Iterator["InProcess"]:
-    """``role``: "prefill", "decode", or "bare" for vLLM as it is."""
+def engine(store: Store, config: VllmEngineConfig, role: str, **overrides: object) -> Iterator["InProcess"]:
+    """``role``: "prefill", "decode", or "bare" for vLLM as it is. ``overrides``: of vLLM's own arguments.
+
+    One at a time: vLLM keeps its connector and its process groups in globals.
+    """
     vllm_env.prepare(1, 1)
     from vllm import EngineArgs
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -108,9 +109,11 @@ def engine(store: Store, config: VllmEngineConfig, role: str) -> Iterator["InPro
         for name, value in values:
             store.counts[name] = store.counts.get(name, 0) + value
 
-    args = engine_args(config, KvConfig(transport="tcp"), "decode" if role == "bare" else role, Path("unused"), cpu=True)  # type: ignore[arg-type]
+    kv = KvConfig(transport="tcp")
+    args = engine_args(config, kv, "prefill" if role == "prefill" else "decode", Path("unused"), cpu=True)
     if role == "bare":
         del args["kv_transfer_config"]
+    args |= overrides
     with (
         patch.object(vllm_connector, "KvAgent", make_agent),
         patch.object(vllm_connector, "make_transport", lambda *_: None),
@@ -152,9 +155,7 @@ class InProcess:
             send_transfer=send,
             load_transfer=load,
         )
-        self._llm.add_request(
-            request.request_id, {"prompt_token_ids": list(prompt)}, sampling_params(request)
-        )
+        self._llm.add_request(request.request_id, {"prompt_token_ids": list(prompt)}, sampling_params(request))
         self._answers[request.request_id] = Answer([], None, 0)
         return request.request_id
 

@@ -1,0 +1,8 @@
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # vLLM, torch and transformers warn about their own innards, wherever they are first used.
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
