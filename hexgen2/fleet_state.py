@@ -103,11 +103,10 @@ class FleetState:
             default=None,
         )
 
-    def forgive(self, seconds: float) -> None:
-        """Do not count the last ``seconds`` as silence: it was this process that did not listen."""
+    def forgive(self, now_s: float) -> None:
+        """Count nobody's silence before now: it was this process that did not listen."""
         self._members = {
-            key: member if member.lost else replace(member, seen_s=member.seen_s + seconds)
-            for key, member in self._members.items()
+            key: member if member.lost else replace(member, seen_s=now_s) for key, member in self._members.items()
         }
 
     def replan(self, traceparent: str = "") -> Plan:

@@ -135,6 +135,15 @@ class PlanWatcher:
             return True
         return any(each.role is Role.DECODE and ready(self.statuses, each.replica_id) for each in self.plan.replicas)
 
+    @property
+    def holding(self) -> bool:
+        """Whether the coordinator's plan lacks replicas and the one before it is held meanwhile."""
+        return self._pending is not None
+
+    async def changed(self) -> None:
+        """Return at the next change of ``plan`` or ``statuses``."""
+        await self._changed.wait()
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once ``ready``.
 
@@ -144,7 +153,7 @@ class PlanWatcher:
         try:
             async with asyncio.timeout(timeout_s):
                 while not self.ready:
-                    await self._changed.wait()
+                    await self.changed()
         except TimeoutError:
             raise Unavailable(f"no replica can serve after {timeout_s:g} s: {self._why()}") from None
 

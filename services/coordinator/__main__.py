@@ -32,9 +32,11 @@ async def serve(config: CoordinatorConfig) -> None:
         server = GrpcServer(config.listen, untraced=UNTRACED)
         server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)
 
+        # Outside the task group, which would wrap its error.
+        address = await server.start()
+        stack.push_async_callback(server.stop, 0.0)
+
         async def start() -> None:
-            address = await server.start()
-            stack.push_async_callback(server.stop, 0.0)
             await server.set_serving(True)
             log.info("ready", address=address, metrics=metrics_address, plan_epoch=state.plan.epoch)
 

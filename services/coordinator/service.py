@@ -90,10 +90,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             now_s = self._clock()
             if now_s < deadline:
                 await asyncio.sleep(deadline - now_s)
-                stalled_s = self._clock() - deadline
-                if stalled_s > STALL_S:
-                    log.warning("stalled", seconds=round(stalled_s, 1))
-                    self._state.forgive(stalled_s)
+                late_s = self._clock() - deadline
+                if late_s > STALL_S:
+                    log.warning("stalled", late_s=round(late_s, 1))
+                    self._state.forgive(self._clock())
                 continue
             before = {status.replica_id: status.state for status in self._state.statuses}
             change = self._state.expire(now_s)

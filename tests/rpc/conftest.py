@@ -6,14 +6,13 @@ from typing import Any
 
 import grpc
 import pytest
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
+from tests.spans import spans
+
+__all__ = ["spans"]
 
 
 class Service(coordinator_pb2_grpc.CoordinatorServicer):
@@ -63,20 +62,3 @@ async def peer(address: str) -> AsyncIterator[grpc.aio.Channel]:
 @pytest.fixture
 def stub(peer: grpc.aio.Channel) -> "coordinator_pb2_grpc.CoordinatorAsyncStub":
     return coordinator_pb2_grpc.CoordinatorStub(peer)
-
-
-_EXPORTER = InMemorySpanExporter()
-
-
-@pytest.fixture
-def spans() -> InMemorySpanExporter:
-    """Spans that ended during the test. The provider can be set once per process, so it is shared."""
-    provider = trace.get_tracer_provider()
-    if not isinstance(provider, TracerProvider):
-        provider = TracerProvider()
-        trace.set_tracer_provider(provider)
-    if not getattr(provider, "hexgen2_tests", False):
-        provider.add_span_processor(SimpleSpanProcessor(_EXPORTER))
-        provider.hexgen2_tests = True  # type: ignore[attr-defined]
-    _EXPORTER.clear()
-    return _EXPORTER
