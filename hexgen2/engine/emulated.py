@@ -191,14 +191,18 @@ class EmulatedEngine:
         if None in staged:
             running.done = True
             running.outputs.put_nowait(EngineFailed(f"no verified KV for transfer {transfer}"))
+        # A set: where ranks hold the same heads, equal copies count once and unequal ones spoil the tokens.
+        checksums: set[tuple[int, int, int]] = set()
         for agent, rank_slice, kv in zip(self._agents, self._slices, staged, strict=True):
             if kv is None:
                 continue
             for layer in rank_slice.layers:
                 raw = kv.layer(layer).contiguous().view(torch.uint8).numpy()
-                running.checksum += read_kv(raw, layer, rank_slice.kv_heads, 0)
+                checksum = read_kv(raw, layer, rank_slice.kv_heads, 0)
+                checksums.add((layer, rank_slice.first_kv_head, checksum))
             running.num_computed = running.num_cached = kv.num_tokens
             agent.loaded(transfer)
+        running.checksum = sum(checksum for _, _, checksum in checksums)
 
     def _compute(self, running: _Running, num_tokens: int) -> None:
         """KV of the next ``num_tokens`` tokens: read for the checksum, sent where it completes a chunk."""
@@ -207,10 +211,10 @@ class EmulatedEngine:
         if known < len(running.token_ids):
             more = prefix_hashes(running.token_ids[known:], int(running.hashes[-1]) if known else 0)
             running.hashes = np.concatenate([running.hashes, more])
-        for rank_slice in self._slices:
-            for layer in rank_slice.layers:
-                kv = self._kv_tensor(running.hashes[first:stop], layer, rank_slice.kv_heads)
-                running.checksum += read_kv(kv.view(torch.uint8).numpy(), layer, rank_slice.kv_heads, first)
+        heads = range(self.model.num_kv_heads)
+        for layer in range(self.model.num_layers):
+            kv = self._kv_tensor(running.hashes[first:stop], layer, heads)
+            running.checksum += read_kv(kv.view(torch.uint8).numpy(), layer, heads, first)
         running.num_computed = stop
         transfer = running.request.send_transfer
         if transfer is not None:

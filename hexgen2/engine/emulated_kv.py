@@ -45,12 +45,12 @@ def kv_values(hashes: U64, layer: int, heads: range, head_dim: int) -> npt.NDArr
 def read_kv(kv: npt.NDArray[np.uint8], layer: int, heads: range, first_position: int) -> int:
     """Checksum that reads every byte of ``kv``, ``[kv_head, 2, token, bytes of head_dim values]``.
 
-    Checksums of parts add up modulo 2**64, whatever the parts.
+    Checksums add up modulo 2**64 over any split of layers, heads and tokens.
     """
     num_heads, _, num_tokens, num_bytes = kv.shape
     places = np.arange(heads.start * 2 * num_bytes, heads.stop * 2 * num_bytes, dtype=np.uint64)
     weights = _mix((places + np.uint64((layer + 1) << 40)) * np.uint64(_ODD)).reshape(num_heads, 2, num_bytes)
-    per_token = np.einsum("hktb,hkb->t", kv, weights, dtype=np.uint64, casting="unsafe")
+    per_token = np.einsum("hktb,hkb->ht", kv, weights, dtype=np.uint64, casting="unsafe")
     positions = np.arange(first_position, first_position + num_tokens, dtype=np.uint64)
     return int(_mix(per_token + positions * np.uint64(_ODD)).sum(dtype=np.uint64))
 

@@ -144,9 +144,7 @@ class DecodeWorker:
         key = f"{remote.transfer_id}/{job.request_id}"
         freed = False
         try:
-            with tracer.start_as_current_span("decode.queue"):
-                pages = await self._memory.acquire(key, num_chunks(len(job.prompt_token_ids)))
-            summary, first = await self._fetch(remote, key, pages, receiving)
+            summary, first = await self._fetch(remote, key, receiving)
             if first.finish_reason is not None:
                 return
             yield summary
@@ -170,15 +168,13 @@ class DecodeWorker:
             if not freed:
                 await uninterrupted(self._free(key))
 
-    async def _fetch(
-        self, remote: RemoteKv, key: str, pages: tuple[int, ...], receiving: _Receiving
-    ) -> tuple[KvSummary, FirstToken]:
+    async def _fetch(self, remote: RemoteKv, key: str, receiving: _Receiving) -> tuple[KvSummary, FirstToken]:
         """Everything of the transfer, verified on every rank, and the first token; or a first token that is final."""
         transfer = receiving.transfer
         began = monotonic()
         with tracer.start_as_current_span("kv.fetch") as span:
             span.set_attribute("hexgen2.kv.transfer_id", remote.transfer_id)
-            follow = asyncio.ensure_future(self._follow(remote, key, pages, receiving))
+            follow = asyncio.ensure_future(self._follow(remote, key, receiving))
             try:
                 await asyncio.wait((follow, receiving.verified), return_when=asyncio.FIRST_EXCEPTION)
                 if receiving.verified.done():
@@ -212,8 +208,12 @@ class DecodeWorker:
             metrics.KV_TRANSFER_SECONDS.observe(summary.seconds)
         return summary, first
 
-    async def _follow(self, remote: RemoteKv, key: str, pages: tuple[int, ...], receiving: _Receiving) -> FirstToken:
-        """Read FetchKv to its end, setting the ranks to work as it goes."""
+    async def _follow(self, remote: RemoteKv, key: str, receiving: _Receiving) -> FirstToken:
+        """Read FetchKv to its end, setting the ranks to work as it goes.
+
+        Staging is acquired once prefill holds its send buffer, never before: were both waited for in any order, two
+        requests could each hold what the other needs.
+        """
         transfer = receiving.transfer
         first: FirstToken | None = None
         async with aclosing(self._fetch_kv(remote.prefill_address, remote.transfer_id, remote.token)) as messages:
@@ -221,11 +221,14 @@ class DecodeWorker:
                 match message:
                     case Offer():
                         transfer.begin(message.header, [s.slice for s in message.sources])
+                        chunks = num_chunks(transfer.expected.num_tokens)
                         for source in message.sources:
-                            if len(source.page_offsets) != len(pages):
+                            if len(source.page_offsets) != chunks:
                                 raise TransferRefused(
-                                    f"page_offsets: {len(source.page_offsets)} given, {len(pages)} chunks expected"
+                                    f"page_offsets: {len(source.page_offsets)} given, {chunks} chunks expected"
                                 )
+                        with tracer.start_as_current_span("decode.queue"):
+                            pages = await self._memory.acquire(key, chunks)
                         await self._ranks.open_recv(
                             key, remote.token, transfer.expected.num_tokens, pages, message.sources, receiving.hear
                         )

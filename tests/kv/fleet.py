@@ -20,13 +20,6 @@ TOKEN = bytes(range(32))
 DEADLINE_S = 20.0
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what nobody announces."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110, there is no event to wait for
-            await asyncio.sleep(0.001)
-
-
 class Inbox:
     """Events of one transfer, awaited by predicate."""
 

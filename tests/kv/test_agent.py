@@ -15,7 +15,8 @@ from hexgen2.kv.messages import Failed, Fetched, Loaded, Piece, Ready
 from hexgen2.kv.ranks import Event, Ranks
 from hexgen2.kv.wire import KvShape, num_chunks
 from hexgen2.metrics import RECOMPUTED_TOKENS
-from tests.kv.fleet import DEADLINE_S, TOKEN, Inbox, Replica, eventually, memory, random_kv, replica
+from tests.eventually import eventually
+from tests.kv.fleet import DEADLINE_S, TOKEN, Inbox, Replica, memory, random_kv, replica
 
 SHAPE = KvShape(num_layers=3, num_kv_heads=4, head_dim=8, dtype="float32")
 
