@@ -10,6 +10,8 @@ import click
 from pydantic import BaseModel
 from rich.console import Console
 
+from hexgen2 import trace_tree, traces
+from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
@@ -121,7 +123,26 @@ def make_request(
 @as_json
 def status(coordinator: str, timeout: float, as_json: bool) -> None:
     """Show the plan and what every replica does."""
-    asyncio.run(show_status(coordinator, timeout, Console(), as_json=as_json))
+    asyncio.run(show_status(coordinator, timeout, up_command.make_console(), as_json=as_json))
+
+
+@main.command()
+@click.argument("which", metavar="ID")
+@as_json
+def trace(which: str, as_json: bool) -> None:
+    """Draw one request's trace. ID is a trace id, its first digits, or `last`."""
+    found = traces.find(which)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        up_command.make_console().print(trace_tree.draw(found))
+
+
+main.add_command(
+    service_command(
+        "demo", FleetConfig, demo_command.demo, "Start everything, ask one question, show how it went, stop."
+    )
+)
 
 
 @main.group()

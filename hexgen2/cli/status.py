@@ -27,7 +27,9 @@ async def show_status(address: str, timeout_s: float, console: Console, *, as_js
         return
     plan = plan_from_proto(answer.plan)
     statuses = {status.replica_id: status for status in map(status_from_proto, answer.statuses)}
-    table = Table("replica", "role", "state", "running", "waiting", "KV memory", "KV by", "model", "address")
+    table = Table(
+        "replica", "state", "running", "waiting", "KV memory used", "model", "address", box=None, padding=(0, 2, 0, 0)
+    )
     for replica in plan.replicas:
         status = statuses.get(replica.replica_id)
         if status is None:
@@ -35,18 +37,17 @@ async def show_status(address: str, timeout_s: float, console: Console, *, as_js
         load = status.load
         table.add_row(
             replica.replica_id,
-            replica.role,
             f"[{_STYLES.get(status.state, 'yellow')}]{status.state}",
             str(load.num_requests_running),
             str(load.num_requests_waiting),
             f"{decimal(load.kv_pool_bytes_used)} of {decimal(load.kv_pool_bytes_total)}",
-            replica.transport,
             replica.model,
             replica.address,
         )
     console.print(f"plan epoch {plan.epoch}, {len(plan.replicas)} replicas, {len(plan.routes)} routes", highlight=False)
     console.print(table)
+    console.print()
+    for replica in plan.replicas:
+        console.print(f"{replica.replica_id}: KV by {replica.transport}", highlight=False, soft_wrap=True)
     for route in plan.routes:
-        console.print(
-            f"  {route.prefill_replica_id} → {route.decode_replica_id}   flow {route.flow:g}", highlight=False
-        )
+        console.print(f"{route.prefill_replica_id} → {route.decode_replica_id}   flow {route.flow:g}", highlight=False)

@@ -13,7 +13,6 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from hexgen2.cli.fleet import Fleet, FleetError, States
 from hexgen2.cli.fleet_config import FleetConfig, default_model
@@ -23,13 +22,21 @@ from hexgen2.config import EmulatedEngineConfig, home
 from hexgen2.errors import ConfigError
 from hexgen2.plan import ReplicaState
 
+NO_TERMINAL_WIDTH = 120
+
 #: Folders of earlier fleets (configuration and logs) that are kept.
 KEPT_RUNS = 10
 
 
 def up(config: FleetConfig) -> None:
     """Run a fleet until SIGINT or SIGTERM; a second one stops it at once. Raises FleetError when a process dies."""
-    asyncio.run(_up(config, Console()))
+    asyncio.run(_up(config, make_console()))
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal; where there is none, wide enough for tables and traces."""
+    console = Console()
+    return console if console.is_terminal else Console(width=NO_TERMINAL_WIDTH)
 
 
 async def _up(config: FleetConfig, console: Console) -> None:
@@ -142,16 +149,17 @@ class StartView:
 
 async def _tell(fleet: Fleet, console: Console) -> None:
     plan = await fleet.plan()
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("HTTP (OpenAI)", f"http://{fleet.http_address}/v1")
-    table.add_row("gRPC", f"{fleet.grpc_address}  hexgen2.v1.Gateway/Generate")
-    table.add_row("coordinator", fleet.coordinator_address)
-    for replica in plan.replicas:
-        table.add_row(replica.replica_id, f"{replica.address}  {replica.model}, KV by {replica.transport}")
-    table.add_row("logs", str(fleet.run_dir))
-    table.add_row("ask it", f'hexgen2 generate "What is the capital of France?"{_address_flag(fleet)}')
+    rows = [
+        ("HTTP (OpenAI)", f"http://{fleet.http_address}/v1"),
+        ("gRPC", f"{fleet.grpc_address}  hexgen2.v1.Gateway/Generate"),
+        ("coordinator", fleet.coordinator_address),
+        *((each.replica_id, f"{each.address}  {each.model}, KV by {each.transport}") for each in plan.replicas),
+        ("logs", str(fleet.run_dir)),
+        ("ask it", f'hexgen2 generate "What is the capital of France?"{_address_flag(fleet)}'),
+    ]
     console.print()
-    console.print(table, highlight=False)
+    for name, text in rows:
+        console.print(f"{name:14} {text}", highlight=False, soft_wrap=True)
 
 
 def _address_flag(fleet: Fleet) -> str:
