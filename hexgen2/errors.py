@@ -32,6 +32,12 @@ class ModelNotFound(HexgenError):
     status = "NOT_FOUND"
 
 
+class TraceNotFound(HexgenError):
+    """No trace of that id is kept, or several begin so."""
+
+    status = "NOT_FOUND"
+
+
 class TransferNotFound(HexgenError):
     """No such transfer is held here (any more), or the token is not its token."""
 

@@ -4,14 +4,13 @@ Spans go to OTLP when the standard ``OTEL_EXPORTER_OTLP_*`` variables name an en
 ``home()/traces`` that ``hexgen2 trace`` reads. Logs are JSON lines on stderr, pretty on a terminal.
 """
 
-import json
 import logging
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from hexgen2.config import MIB, home
-from hexgen2.traces import span_record
+from hexgen2.traces import Event, Link, Span
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
@@ -48,7 +47,8 @@ def setup(service: str, replica_id: str = "") -> Callable[[], None]:
         {
             "service.name": os.environ.get("OTEL_SERVICE_NAME") or f"hexgen2-{service}",
             "service.version": version("hexgen2"),
-            "service.instance.id": replica_id or f"{service}-{os.getpid()}",
+            "service.instance.id": f"{replica_id or service}-{os.getpid()}",
+            "hexgen2.replica": replica_id,
             "process.pid": os.getpid(),
         }
     )
@@ -103,7 +103,7 @@ def prune(folder: Path, max_bytes: int) -> None:
 
 
 class FileSpanExporter(SpanExporter):
-    """Appends spans as JSON lines (``traces.span_record``). At ``max_bytes`` the file becomes ``NAME.1.jsonl``."""
+    """Appends spans as JSON lines (``traces.Span``). At ``max_bytes`` the file becomes ``NAME.1.jsonl``."""
 
     def __init__(self, path: Path, max_bytes: int = FILE_BYTES) -> None:
         self._path = path
@@ -112,7 +112,7 @@ class FileSpanExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Write whole lines in one call, so that readers never see half a batch of a live process for long."""
-        lines = "".join(json.dumps(span_record(span), separators=(",", ":")) + "\n" for span in spans).encode()
+        lines = "".join(span_of(span).to_line() + "\n" for span in spans).encode()
         try:
             with self._lock:
                 if self._path.exists() and self._path.stat().st_size + len(lines) > self._max_bytes:
@@ -124,6 +124,40 @@ class FileSpanExporter(SpanExporter):
             structlog.get_logger(__name__).warning("spans_not_written", path=str(self._path), reason=str(error))
             return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS
+
+
+def span_of(span: ReadableSpan) -> Span:
+    """A span that ended, as it is kept."""
+    context = span.get_span_context()
+    assert context is not None
+    resource = span.resource.attributes
+    return Span(
+        trace_id=trace.format_trace_id(context.trace_id),
+        span_id=trace.format_span_id(context.span_id),
+        parent_id=trace.format_span_id(span.parent.span_id) if span.parent is not None else "",
+        name=span.name,
+        kind=span.kind.name.lower(),
+        service=str(resource.get("service.name", "")),
+        replica=str(resource.get("hexgen2.replica", "")),
+        start_ns=span.start_time or 0,
+        end_ns=span.end_time or 0,
+        status=span.status.status_code.name.lower(),
+        message=span.status.description or "",
+        attributes=_plain(span.attributes),
+        events=tuple(Event(event.name, event.timestamp, _plain(event.attributes)) for event in span.events),
+        links=tuple(
+            Link(trace.format_trace_id(link.context.trace_id), trace.format_span_id(link.context.span_id))
+            for link in span.links
+        ),
+    )
+
+
+def _plain(attributes: Mapping[str, object] | None) -> dict[str, object]:
+    """Attributes as JSON has them."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value if isinstance(value, str | int | float) else str(value)
+        for key, value in (attributes or {}).items()
+    }
 
 
 def _setup_logs(service: str, replica_id: str) -> None:
