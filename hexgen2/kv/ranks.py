@@ -65,6 +65,11 @@ class Ranks:
         self._answers: dict[tuple[type, str], tuple[set[int], asyncio.Future[None]]] = {}
         self._server: asyncio.Server | None = None
         self._quarantine: dict[int, int] = {}
+        self._stopping = False
+
+    def expect_end(self) -> None:
+        """The engine is about to be stopped: agents that leave are no loss."""
+        self._stopping = True
 
     async def start(self) -> None:
         """Listen. The engine may start its ranks now."""
@@ -131,6 +136,7 @@ class Ranks:
 
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
+        self._stopping = True
         if self._server is not None:
             self._server.close()
             for rank in self._ranks.values():
@@ -176,7 +182,7 @@ class Ranks:
             log.warning("kv_agent_connection", rank=rank, error=str(error))
         finally:
             writer.close()
-            if rank is not None and self._server is not None:
+            if rank is not None:
                 self._lose(f"the KV agent of rank {rank} is gone")
 
     def _hear(self, rank: int | None, message: ToService) -> None:
@@ -203,7 +209,8 @@ class Ranks:
     def _lose(self, why: str) -> None:
         if self._lost.done():
             return
-        log.error("kv_agent_lost", error=why)
+        if not self._stopping:
+            log.error("kv_agent_lost", error=why)
         self._lost.set_result(why)
         for _, future in self._answers.values():
             if not future.done():

@@ -56,6 +56,7 @@ async def run_worker(
         await ranks.start()
         stack.push_async_callback(ranks.stop)
         stack.push_async_callback(engine.stop)
+        stack.callback(ranks.expect_end)
         memory: PageQueue | None = None
 
         def load() -> Load:

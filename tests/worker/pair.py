@@ -69,6 +69,7 @@ async def worker(role: str, config: EmulatedEngineConfig = CONFIG, kv: KvConfig 
         await ranks.start()
         stack.push_async_callback(ranks.stop)
         stack.push_async_callback(engine.stop)
+        stack.callback(ranks.expect_end)
         await engine.start()
         await ranks.wait_complete(DEADLINE_S)
         pages = min(h.send_pages if role == "prefill" else h.staging_pages for h in ranks.hellos)
