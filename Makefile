@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles what it imports; compiling all of 3 GB beforehand takes minutes.
+# pip compiles on one core, and what it leaves uncompiled is compiled at every start where Python may not write it:
+# hence all at once, on all cores, at the end.
 INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 # Where engines run: cpu, or vllm for CUDA GPUs.
@@ -98,4 +99,7 @@ ifeq ($(ENGINE),cpu)
 	@# load, and models of text need none.
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 endif
+	@echo "== compiling Python files"
+	@# -qq: a few packages ship templates that are not Python.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
