@@ -5,11 +5,13 @@ makes no spans of ours: callers time what they see.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from logging import WARNING
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
@@ -18,8 +20,8 @@ from hexgen2.engine.vllm_env import adopt_logging, is_cpu, prepare
 from hexgen2.errors import ConfigError, EngineFailed, HexgenError, InvalidRequest
 from hexgen2.model import ModelSpec, load_model
 
-#: How long running steps may take to end before the engine's processes are killed.
-STOP_TIMEOUT_S = 10.0
+#: How long the engine's processes may take to clean up before they are killed; no request runs any more.
+STOP_TIMEOUT_S = 5.0
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -48,8 +50,7 @@ class VllmEngine:
             EngineFailed: vLLM did not start.
             ConfigError: vLLM cannot serve this model in this way.
         """
-        num_ranks = self._config.tensor_parallel_size * self._config.pipeline_parallel_size
-        prepare(num_ranks, self._config.omp_num_threads)
+        prepare(self._config.omp_num_threads, cpu=self._cpu)
         starting = asyncio.get_running_loop().run_in_executor(None, self._build)
         try:
             self._llm = await asyncio.shield(starting)
@@ -73,7 +74,7 @@ class VllmEngine:
         except RuntimeError as error:
             raise EngineFailed(f"vLLM did not start: {_one_line(error)} (see the log above)") from error
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run one request; closing the iterator, or cancelling what iterates, aborts it in the engine."""
         self._check(request)
         params = sampling_params(request)
@@ -139,6 +140,8 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
+            # Its finaliser would do it again, and fail when it runs as late as the interpreter's end.
+            llm.shutdown = lambda timeout=None: None
 
 
 class _Stats:
@@ -201,4 +204,7 @@ def _translate(error: Exception) -> HexgenError:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
+    """The reason alone: pydantic adds the values it saw, which are those of every argument."""
+    details = error.errors() if isinstance(error, ValidationError) else ()
+    text = "; ".join(detail["msg"] for detail in details) or str(error)
+    return " ".join(text.split())[:500]

@@ -15,6 +15,9 @@ CPU_KV_CACHE_BYTES = GIB
 CPU_MAX_NUM_BATCHED_TOKENS = 256
 CPU_BLOCK_SIZE = 128
 
+#: One rank lives in the engine core's process. By its name, because vLLM on a CPU reads "uni" as "mp".
+UNI_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
 
 def served_dtype(config: VllmEngineConfig, cpu: bool) -> str:
     """``auto`` is float32 on a CPU and the model's own on a GPU."""
@@ -38,7 +41,7 @@ def engine_args(config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
-        "distributed_executor_backend": "mp" if num_ranks > 1 else "uni",
+        "distributed_executor_backend": "mp" if num_ranks > 1 else UNI_EXECUTOR,
         "block_size": config.block_size,
         "kv_cache_memory_bytes": config.kv_cache_bytes,
         "enable_chunked_prefill": True,
@@ -99,8 +102,8 @@ def sampling_params(request: EngineRequest) -> Any:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            # torch's generators take 64 bits with a sign.
-            seed=None if sampling.seed is None else (sampling.seed + (1 << 63)) % (1 << 64) - (1 << 63),
+            # vLLM takes 64 bits with a sign, and -1 for no seed.
+            seed=None if sampling.seed is None else sampling.seed % (1 << 63),
             ignore_eos=sampling.ignore_eos,
             stop_token_ids=list(sampling.stop_token_ids),
             logprobs=sampling.logprobs,

@@ -20,7 +20,7 @@ def hide_unusable_packages() -> None:
             sys.modules[name] = None  # type: ignore[assignment]
 
 
-def prepare(num_ranks: int, omp_num_threads: int) -> None:
+def prepare(omp_num_threads: int, *, cpu: bool) -> None:
     """Set this process's environment, and so its children's, for one engine. What is set already stays."""
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -34,9 +34,10 @@ def prepare(num_ranks: int, omp_num_threads: int) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
-    if num_ranks == 1:
-        # On a CPU vLLM otherwise gives even a single rank a process of its own, beside the engine core's.
-        defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if cpu:
+        # Without graphs vLLM still compiles a few small functions at their first use: the first request that asks
+        # for logprobs would stop everybody else for ten seconds and more.
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ["OMP_NUM_THREADS"] = str(omp_num_threads)

@@ -1,5 +1,6 @@
 """vLLM in the test's own process, with KV agents that keep pieces in a dictionary."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,7 +95,8 @@ def engine(store: Store, config: VllmEngineConfig, role: str, **overrides: objec
 
     One at a time: vLLM keeps its connector and its process groups in globals.
     """
-    vllm_env.prepare(1, 1)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    vllm_env.prepare(1, cpu=True)
     from vllm import EngineArgs
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
     from vllm.v1.engine.llm_engine import LLMEngine

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from hexgen2.engine.vllm_layout import (  # noqa: E402
+import torch
+
+from hexgen2.engine.vllm_layout import (
     DenseLayout,
     Layout,
     PackedLayout,
@@ -15,7 +16,7 @@ from hexgen2.engine.vllm_layout import (  # noqa: E402
     cpu_cache_write,
     token_slots,
 )
-from hexgen2.errors import ConfigError  # noqa: E402
+from hexgen2.errors import ConfigError
 
 pytestmark = pytest.mark.vllm
 

@@ -1,0 +1,130 @@
+"""Workers over real vLLM engines and real KV agents, joined without gRPC."""
+
+import secrets
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hexgen2.config import KvConfig, VllmEngineConfig
+from hexgen2.engine.base import EngineOutput, SampledToken, Sampling
+from hexgen2.engine.vllm import VllmEngine
+from hexgen2.engine.vllm_args import Role
+from hexgen2.kv.messages import Piece
+from hexgen2.kv.pool import PagePool
+from hexgen2.kv.ranks import Ranks
+from hexgen2.worker.aio import PageQueue
+from hexgen2.worker.decode import DecodeJob, DecodeWorker, KvSummary, RemoteKv
+from hexgen2.worker.prefill import FirstToken, Offer, PrefillJob, PrefillWorker
+
+START_TIMEOUT_S = 120.0
+
+
+@asynccontextmanager
+async def running(
+    config: VllmEngineConfig, kv: KvConfig, role: Role
+) -> AsyncIterator[tuple[VllmEngine, Ranks, PageQueue]]:
+    """An engine with its agents."""
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-"))
+        ranks = Ranks(Path(folder) / "s", config.tensor_parallel_size * config.pipeline_parallel_size)
+        engine = VllmEngine(config, kv, role, ranks.socket_path)
+        await ranks.start()
+        stack.push_async_callback(ranks.stop)
+        stack.push_async_callback(engine.stop)
+        await engine.start()
+        await ranks.wait_complete(START_TIMEOUT_S)
+        num_pages = min(h.send_pages if role == "prefill" else h.staging_pages for h in ranks.hellos)
+        page_bytes = sum(h.page_bytes for h in ranks.hellos)
+        yield engine, ranks, PageQueue(PagePool(role, num_pages, kv.max_queued), page_bytes)
+
+
+@dataclass
+class Answer:
+    """One request's whole answer; ``kv`` is absent when nothing was handed over."""
+
+    tokens: list[SampledToken]
+    finish_reason: str | None
+    prefill_cached: int = 0
+    decode_cached: int = 0
+    kv: KvSummary | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+
+@dataclass
+class Pair:
+    """One prefill and one decode worker."""
+
+    prefill_engine: VllmEngine
+    decode_engine: VllmEngine
+    prefill_memory: PageQueue
+    decode_memory: PageQueue
+    prefill: PrefillWorker
+    decode: DecodeWorker
+
+    async def hand_over(self, prompt: list[int], sampling: Sampling) -> Answer:
+        """As the gateway does: both at once, prefill's call ended when decode has verified."""
+        token = secrets.token_bytes(16)
+        transfer_id = secrets.token_hex(8)
+        ids = tuple(prompt)
+        answer = Answer([], None)
+        prefill = self.prefill.run(PrefillJob(f"p{transfer_id}", transfer_id, token, ids, sampling, True))
+        async with aclosing(prefill) as made:
+            async for event in made:
+                if isinstance(event, FirstToken):
+                    answer.tokens.append(event.token)
+                    answer.prefill_cached = event.cached_tokens
+                    answer.finish_reason = event.finish_reason
+                    break
+            if answer.finish_reason is not None:
+                return answer
+            remote = RemoteKv(transfer_id, token, "")
+            decode = self.decode.run(DecodeJob(f"d{transfer_id}", ids, sampling, remote))
+            async with aclosing(decode) as outputs:
+                async for output in outputs:
+                    if isinstance(output, KvSummary):
+                        answer.kv = output
+                        await made.aclose()
+                    else:
+                        take(answer, output)
+        return answer
+
+    async def colocated(self, prompt: list[int], sampling: Sampling) -> Answer:
+        """By decode's engine alone."""
+        answer = Answer([], None)
+        job = DecodeJob(secrets.token_hex(8), tuple(prompt), sampling, None)
+        async with aclosing(self.decode.run(job)) as outputs:
+            async for output in outputs:
+                assert isinstance(output, EngineOutput)
+                take(answer, output)
+        return answer
+
+
+def take(answer: Answer, output: EngineOutput) -> None:
+    answer.tokens += output.tokens
+    answer.decode_cached += output.cached_tokens
+    answer.finish_reason = output.finish_reason or answer.finish_reason
+
+
+@asynccontextmanager
+async def pair(prefill_config: VllmEngineConfig, decode_config: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Pair]:
+    """Both, one after the other."""
+    async with (
+        running(prefill_config, kv, "prefill") as (p_engine, p_ranks, p_memory),
+        running(decode_config, kv, "decode") as (d_engine, d_ranks, d_memory),
+    ):
+        prefill = PrefillWorker(p_engine, p_ranks, p_memory)
+
+        async def fetch(
+            _address: str, transfer_id: str, token: bytes
+        ) -> AsyncGenerator[Offer | tuple[Piece, ...] | FirstToken, None]:
+            async with aclosing(prefill.fetch(transfer_id, token)) as messages:
+                async for message in messages:
+                    yield message
+
+        decode = DecodeWorker(d_engine, d_ranks, d_memory, fetch)
+        yield Pair(p_engine, d_engine, p_memory, d_memory, prefill, decode)
