@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
@@ -14,7 +15,10 @@ from hexgen2.traces import Event, Link, Node, Span, Trace
 _INDENT = 4
 _MAX_VALUE_CHARS = 60
 #: Said by the span's name or its place already.
-_HIDDEN = ("rpc.", "server.", "network.", "gen_ai.operation.name", "hexgen2.kv.transfer_id")
+_HIDDEN = (
+    *("rpc.", "server.", "network.", "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.response.model"),
+    *("hexgen2.request_id", "hexgen2.kv.transfer_id"),
+)
 _PREFIXES = ("gen_ai.", "hexgen2.")
 
 
@@ -55,25 +59,29 @@ def _walk(nodes: tuple[Node, ...], depth: int = 0) -> Iterator[tuple[Node, int]]
         yield from _walk(node.children, depth + 1)
 
 
-def _label(span: Span, depth: int, trace: Trace, names: int, services: int) -> Text:
+def _label(span: Span, depth: int, trace: Trace, names: int, services: int) -> RenderableType:
     failed = span.status == "error"
-    label = Text(no_wrap=False)
-    label.append(f"{_name(span):<{names - _INDENT * depth}}", "bold red" if failed else "bold")
-    label.append(f"  {_where(span):<{services}}", "cyan")
-    label.append(f"  {'+' + _duration((span.start_ns - trace.start_ns) / 1e9):>10}", "dim")
-    label.append(f"  {_duration(span.seconds):>9}", "green")
-    if failed:
-        label.append(f"\n  error: {span.message}", "red")
+    line = Text.assemble(
+        (f"{_name(span):<{names - _INDENT * depth}}", "bold red" if failed else "bold"),
+        (f"  {_where(span):<{services}}", "cyan"),
+        (f"  {'+' + _duration((span.start_ns - trace.start_ns) / 1e9):>10}", "dim"),
+        (f"  {_duration(span.seconds):>9}", "green"),
+    )
+    return Group(line, *(Padding(text, (0, 0, 0, 2), expand=False) for text in _details(span, depth, trace)))
+
+
+def _details(span: Span, depth: int, trace: Trace) -> Iterator[Text]:
+    if span.status == "error":
+        yield Text(f"error: {span.message}", "red")
     if depth == 0 and span.parent_id:
-        label.append(f"\n  its parent {span.parent_id} is not recorded here", "dim italic")
+        yield Text(f"its parent {span.parent_id} is not recorded here", "dim italic")
     said = _attributes(span.attributes)
     if said:
-        label.append(f"\n  {said}", "dim")
+        yield Text(said, "dim")
     for event in span.events:
-        label.append(f"\n  {_event(event, trace)}", "dim")
+        yield Text(_event(event, trace), "dim")
     for link in span.links:
-        label.append(f"\n  {_link(link, trace)}", "dim")
-    return label
+        yield Text(_link(link, trace), "dim")
 
 
 def _name(span: Span) -> str:

@@ -1,6 +1,7 @@
 """A gRPC server with what every service here has: health, reflection, keepalive, limits and a two-stage stop."""
 
 import asyncio
+import math
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 
 #: For the last answers to leave once their handlers have returned.
 _FLUSH_S = 0.5
+#: People take longer to press Ctrl-C twice.
+SAME_SIGNAL_S = 0.2
 
 log = structlog.get_logger(__name__)
 
@@ -117,15 +120,22 @@ async def run_until_signal(start: Callable[[], Awaitable[object]], drain: Callab
     """Await ``start()``, wait for SIGTERM or SIGINT, then await ``drain()`` and return.
 
     A signal during ``start`` cancels it and returns; a second one during ``drain`` cancels that and returns, so
-    that the caller's ``finally`` frees everything at once. After the return signals act as by default.
+    that the caller's ``finally`` frees everything at once. After the return signals act as by default. Signals
+    within ``SAME_SIGNAL_S`` of the first are the first: ``timeout`` and shells send it to the process and to its group.
     """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
     signalled = asyncio.Event()
+    first_s = -math.inf
     stage: asyncio.Task[object] | None = None
 
     def on_signal(number: signal.Signals) -> None:
+        nonlocal first_s
+        if loop.time() - first_s < SAME_SIGNAL_S:
+            return
+        if not signalled.is_set():
+            first_s = loop.time()
         log.info("stopping", signal=number.name, at_once=stage is not None)
         signalled.set()
         if stage is not None:
@@ -150,5 +160,10 @@ async def run_until_signal(start: Callable[[], Awaitable[object]], drain: Callab
             if step is start:
                 await signalled.wait()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+
+        def restore() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+        # The first signal's echo must not kill a process that drained faster than that.
+        loop.call_later(max(0.0, first_s + SAME_SIGNAL_S - loop.time()), restore)

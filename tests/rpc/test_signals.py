@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from hexgen2.rpc.server import SAME_SIGNAL_S
+
 PROGRAM = """
 import asyncio, structlog, sys
 from hexgen2.rpc.server import run_until_signal
@@ -42,6 +44,7 @@ async def main():
     finally:
         say("freed")
     if sys.argv[1] == "free":
+        await asyncio.sleep(1.5 * SAME_SIGNAL_S)
         await wait("freeing")
 
 asyncio.run(main())
@@ -92,8 +95,18 @@ async def test_a_second_signal_ends_the_drain_at_once() -> None:
         assert await running.says() == "started"
         running.send(signal.SIGTERM)
         assert await running.says() == "draining"
+        # As long as a person takes: sooner it would count as the first.
+        await asyncio.sleep(1.5 * SAME_SIGNAL_S)
         running.send(signal.SIGINT)
         assert await running.rest() == (["draining cancelled", "freed"], 0)
+
+
+async def test_a_signal_that_comes_twice_at_once_is_one() -> None:
+    async with program("run") as running:
+        assert await running.says() == "started"
+        running.send(signal.SIGTERM)
+        running.send(signal.SIGINT)
+        assert await running.rest() == (["drained", "freed"], 0)
 
 
 async def test_a_signal_during_the_start_ends_it_without_a_drain() -> None:
