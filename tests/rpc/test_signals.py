@@ -12,7 +12,7 @@ from hexgen2.rpc.server import SAME_SIGNAL_S
 
 PROGRAM = """
 import asyncio, structlog, sys
-from hexgen2.rpc.server import run_until_signal
+from hexgen2.rpc.server import SAME_SIGNAL_S, run_until_signal
 
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
