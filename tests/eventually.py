@@ -1,7 +1,7 @@
 """Waiting in tests for what nobody announces."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 DEADLINE_S = 20.0
 
@@ -11,3 +11,10 @@ async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110, there is no event to wait for
             await asyncio.sleep(0.001)
+
+
+async def eventually_async(condition: Callable[[], Awaitable[bool]]) -> None:
+    """The same for a condition that must be asked for."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not await condition():
+            await asyncio.sleep(0.05)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -44,6 +44,16 @@ def expected_tokens(config: EmulatedEngineConfig, prompt: Sequence[int], num_tok
             checksum += read_kv(kv.view("uint8"), layer, heads, 0)
         tokens.append(next_token(checksum & MASK, len(tokens), config.vocab_size))
     return tokens[len(prompt) :]
+
+
+class Peer(Protocol):
+    """What a caller needs of a worker."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def channel(self) -> grpc.aio.Channel: ...
 
 
 @dataclass
@@ -116,8 +126,8 @@ class Handed:
 class Pair:
     """A gateway's view of one prefill and one decode worker."""
 
-    prefill: Worker
-    decode: Worker
+    prefill: Peer
+    decode: Peer
 
     def transfer(self) -> types_pb2.Transfer:
         return types_pb2.Transfer(transfer_id=secrets.token_hex(8), token=secrets.token_bytes(32))
@@ -173,6 +183,14 @@ class Pair:
                 handed.cached_tokens = max(handed.cached_tokens, response.tokens.cached_tokens)
         return handed
 
+
+@dataclass
+class WorkerPair(Pair):
+    """A pair in this process, whose memory can be looked at."""
+
+    prefill: Worker
+    decode: Worker
+
     async def settled(self) -> None:
         """Wait until no call is running and all memory is free."""
         for each in (self.prefill, self.decode):
@@ -192,7 +210,7 @@ async def pair(
     *,
     prefill_kv: KvConfig | None = None,
     decode_kv: KvConfig | None = None,
-) -> AsyncIterator[Pair]:
+) -> AsyncIterator[WorkerPair]:
     """One prefill and one decode worker."""
     async with worker("prefill", prefill, prefill_kv) as p, worker("decode", decode, decode_kv) as d:
-        yield Pair(p, d)
+        yield WorkerPair(p, d)
