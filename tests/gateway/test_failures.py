@@ -1,0 +1,393 @@
+"""A worker lost at each step: a retry that succeeds or a clear error; never a short answer, never a token twice."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hexgen2.errors import (
+    EngineFailed,
+    HexgenError,
+    InvalidRequest,
+    KvCorrupt,
+    KvTooLarge,
+    Overloaded,
+    StaleEpoch,
+    TransferRefused,
+    Unavailable,
+)
+from hexgen2.plan import Plan, ReplicaState
+from tests.eventually import eventually
+from tests.gateway.house import EOS, House, Script, fails, first_token, house, rest, silent, tokens, verified
+from tests.gateway.sse import events, text_of
+
+PATH = "/v1/completions"
+BODY = {"prompt": "x", "max_tokens": 20}
+LOST = Unavailable("gone")
+
+
+async def ask(made: House, **changes: Any) -> tuple[int, dict[str, Any]]:
+    response = await made.http.post(PATH, json=BODY | changes)
+    return response.status_code, response.json()
+
+
+async def ask_stream(made: House) -> tuple[str, bool, dict[str, Any] | None]:
+    """The text, whether it ended well, and the error it ended with."""
+    response = await made.http.post(PATH, json=BODY | {"stream": True})
+    assert response.status_code == 200
+    chunks, done = events(response.text)
+    error = chunks.pop()["error"] if "error" in chunks[-1] else None
+    return text_of(chunks), done, error
+
+
+def once(script: Script, then: Script) -> Script:
+    """``script`` for the first call, ``then`` for the others."""
+    scripts = [script]
+
+    def pick(request: Any) -> AsyncGenerator[Any, None]:
+        return (scripts.pop() if scripts else then)(request)
+
+    return pick
+
+
+def lost_with_tokens_out(made: House) -> Script:
+    """Decode is lost when the client has two tokens."""
+
+    async def script(_: Any) -> AsyncGenerator[Any, None]:
+        yield verified()
+        # Ended by the gateway once it has given the first token on.
+        await (await made.prefills[0].first_call()).ended()
+        yield tokens(made.ids("k"))
+        raise LOST
+
+    return script
+
+
+def answer_of(body: dict[str, Any]) -> str:
+    return str(body["choices"][0]["text"])
+
+
+@pytest.mark.parametrize("error", [LOST, EngineFailed("dead"), StaleEpoch("old plan"), TransferRefused("no")])
+async def test_prefill_lost_before_the_first_token_is_replaced(folder: Path, error: HexgenError) -> None:
+    async with house(folder, prefills=2) as made:
+        made.answers("ok")
+        bad = once(fails(error), made.prefills[0].script)
+        made.prefills[0].script = made.prefills[1].script = bad
+        made.decodes[0].script = once(silent, made.decodes[0].script)
+        status, body = await ask(made)
+        assert (status, answer_of(body)) == (200, "ok")
+        calls = [call for worker in made.prefills for call in worker.calls]
+        assert len(calls) == 2
+        first, second = calls
+        # A new attempt is a new transfer under a new secret.
+        assert first.request.transfer.transfer_id != second.request.transfer.transfer_id
+        assert first.request.transfer.token != second.request.transfer.token
+        assert await made.decodes[0].calls[0].ended()
+        if isinstance(error, Unavailable):
+            assert all(len(worker.calls) == 1 for worker in made.prefills)
+
+
+async def test_the_only_prefill_is_lost_and_decode_serves_alone(folder: Path) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        made.prefills[0].script = fails(LOST)
+        made.decodes[0].script = once(silent, rest([*made.ids("ok"), EOS]))
+        status, body = await ask(made)
+        assert (status, answer_of(body)) == (200, "ok")
+        assert not made.decodes[0].calls[-1].request.HasField("remote_kv")
+
+
+async def test_a_prefill_process_that_is_gone_is_passed_over(folder: Path) -> None:
+    async with house(folder, prefills=2) as made:
+        made.answers("ok")
+        await made.prefills[0].server.stop(0)
+        for _ in range(4):
+            status, body = await ask(made)
+            assert (status, answer_of(body)) == (200, "ok")
+
+
+async def test_prefill_lost_after_the_first_token_but_decode_has_all(folder: Path) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        prefill_lost = asyncio.Event()
+
+        async def lost(_: Any) -> AsyncGenerator[Any, None]:
+            async for response in first_token(made.ids("o")[0])(_):
+                yield response
+                if response.HasField("first_token"):
+                    prefill_lost.set()
+                    raise LOST
+
+        async def has_all(_: Any) -> AsyncGenerator[Any, None]:
+            await prefill_lost.wait()
+            yield verified()
+            yield tokens([*made.ids("k"), EOS], 1)
+
+        made.prefills[0].script, made.decodes[0].script = lost, has_all
+        assert await ask_stream(made) == ("ok", True, None)
+
+
+async def test_prefill_lost_after_the_first_token_and_decode_misses_kv(folder: Path) -> None:
+    async with house(folder, prefills=2, decodes=2) as made:
+        made.answers("ok")
+
+        async def lost(_: Any) -> AsyncGenerator[Any, None]:
+            async for response in first_token(made.ids("o")[0])(_):
+                yield response
+                if response.HasField("first_token"):
+                    raise LOST
+
+        async def misses(_: Any) -> AsyncGenerator[Any, None]:
+            for worker in made.prefills:
+                for call in worker.calls:
+                    await call.ended()
+            for _ in ():
+                yield
+            raise Unavailable("the transfer ended before it was complete")
+
+        for worker in made.prefills:
+            worker.script = lost
+        for worker in made.decodes:
+            worker.script = misses
+        text, done, error = await ask_stream(made)
+        assert (text, done) == ("o", False)
+        assert error is not None
+        assert error["type"] == "service_unavailable_error"
+        # Nothing is sampled a second time.
+        assert sum(len(worker.calls) for worker in made.prefills) == 1
+
+
+async def test_decode_lost_before_verification_costs_no_prefill(folder: Path) -> None:
+    async with house(folder, decodes=3) as made:
+        made.answers("ok")
+        good = made.decodes[0].script
+        picked: list[str] = []
+
+        def third_time(request: Any) -> AsyncGenerator[Any, None]:
+            picked.append(request.remote_kv.transfer.transfer_id)
+            return (good if len(picked) == 3 else fails(LOST))(request)
+
+        for worker in made.decodes:
+            worker.script = third_time
+        assert await ask_stream(made) == ("ok", True, None)
+        assert len(made.prefills[0].calls) == 1
+        assert [len(worker.calls) for worker in made.decodes] == [1, 1, 1]
+        assert len(set(picked)) == 1
+
+
+@pytest.mark.parametrize("error", [LOST, KvCorrupt("a digest differs"), Overloaded("staging is full")])
+async def test_decode_lost_before_verification_and_no_other(folder: Path, error: HexgenError) -> None:
+    async with house(folder) as made:
+
+        async def after_first_token(_: Any) -> AsyncGenerator[Any, None]:
+            await said.wait()
+            for _ in ():
+                yield
+            raise error
+
+        said = asyncio.Event()
+
+        async def says(request: Any) -> AsyncGenerator[Any, None]:
+            async for response in first_token(made.ids("o")[0])(request):
+                yield response
+                if response.HasField("first_token"):
+                    said.set()
+
+        made.prefills[0].script, made.decodes[0].script = says, after_first_token
+        text, done, failure = await ask_stream(made)
+        assert text in ("", "o")
+        assert not done
+        assert failure is not None
+        assert await made.prefills[0].calls[0].ended()
+        assert len(made.prefills[0].calls) == 1
+
+
+async def test_decode_lost_after_verification_is_an_error_in_the_stream(folder: Path) -> None:
+    async with house(folder, decodes=2) as made:
+        made.answers("ok")
+        for worker in made.decodes:
+            worker.script = lost_with_tokens_out(made)
+        text, done, error = await ask_stream(made)
+        assert (text, done) == ("ok", False)
+        assert error is not None
+        assert "broke off" in error["message"]
+        assert sum(len(worker.calls) for worker in made.decodes) == 1
+
+
+async def test_decode_lost_after_verification_is_a_status_without_a_stream(folder: Path) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        made.decodes[0].script = lost_with_tokens_out(made)
+        status, body = await ask(made)
+        assert status == 503
+        assert "broke off" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("ids", [[], [80]])
+async def test_a_decode_that_ends_early_is_no_success(folder: Path, ids: list[int]) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        made.decodes[0].script = rest(ids, 0)
+        status, body = await ask(made)
+        assert status == 503
+        assert "ended" in body["error"]["message"]
+
+
+async def test_a_prefill_that_ends_without_a_token_is_no_success(folder: Path) -> None:
+    async with house(folder, decodes=1) as made:
+
+        async def nothing(_: Any) -> AsyncGenerator[Any, None]:
+            for _ in ():
+                yield
+
+        made.prefills[0].script = made.decodes[0].script = nothing
+        status, _ = await ask(made)
+        assert status == 503
+
+
+async def test_colocated_is_tried_once_more_before_a_token_only(folder: Path) -> None:
+    async with house(folder, decodes=2) as made:
+        good = rest([*made.ids("ok"), EOS])
+        for worker in made.decodes:
+            worker.script = once(fails(LOST), good)
+        made.decodes[1].script = good
+        status, body = await ask(made, presence_penalty=1)
+        assert (status, answer_of(body)) == (200, "ok")
+        for worker in made.decodes:
+            worker.calls.clear()
+            worker.script = rest(made.ids("o"), then=LOST)
+        status, _ = await ask(made, presence_penalty=1)
+        assert status == 503
+        assert sum(len(worker.calls) for worker in made.decodes) == 1
+
+
+async def test_a_full_queue_is_told_with_when_to_come_back(folder: Path) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        made.prefills[0].script = fails(Overloaded("256 requests wait for memory", retry_after_s=2.5))
+        response = await made.http.post(PATH, json=BODY)
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "3"
+        assert "256 requests" in response.json()["error"]["message"]
+        assert len(made.prefills[0].calls) == 1
+
+
+async def test_a_full_queue_is_left_for_another(folder: Path) -> None:
+    async with house(folder, prefills=2) as made:
+        made.answers("ok")
+        made.prefills[0].script = fails(Overloaded("full"))
+        for _ in range(3):
+            assert (await ask(made))[0] == 200
+        assert len(made.prefills[1].calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidRequest("sampling.json_schema", "cannot be compiled"), 400),
+        (KvTooLarge("40 MiB of KV; the pool has 10 MiB"), 400),
+        (HexgenError("a bug"), 500),
+    ],
+)
+async def test_what_no_retry_can_mend_is_told_at_once(folder: Path, error: HexgenError, status: int) -> None:
+    async with house(folder, prefills=2) as made:
+        for worker in made.prefills:
+            worker.script = fails(error)
+        seen, body = await ask(made)
+        assert seen == status
+        assert str(error).split(": ")[-1] in body["error"]["message"]
+        assert sum(len(worker.calls) for worker in made.prefills) == 1
+
+
+async def test_the_deadline_ends_every_call(folder: Path) -> None:
+    async with house(folder, request_timeout_s=0.5) as made:
+        status, body = await ask(made)
+        assert status == 504
+        assert body["error"]["type"] == "timeout_error"
+        for worker in (*made.prefills, *made.decodes):
+            assert await worker.calls[0].ended()
+
+
+async def test_the_deadline_within_a_stream_is_an_error_event(folder: Path) -> None:
+    async with house(folder, request_timeout_s=1.0) as made:
+        made.answers("ok")
+        made.decodes[0].script = rest(made.ids("k"), hold=True)
+        text, done, error = await ask_stream(made)
+        assert (text, done) == ("ok", False)
+        assert error is not None
+        assert error["type"] == "timeout_error"
+
+
+async def test_nothing_ready_is_503_and_health_says_so(folder: Path) -> None:
+    async with house(folder) as made:
+        made.set_states(prefill_0=ReplicaState.STARTING, decode_0=ReplicaState.STARTING)
+        response = await made.http.post(PATH, json=BODY)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert (await made.http.get("/health")).status_code == 503
+        made.plans.plan, made.plans.statuses = Plan(0), {}
+        assert (await ask(made))[0] == 503
+        assert (await made.http.get("/health")).status_code == 503
+
+
+async def test_more_than_it_takes_at_once_is_503(folder: Path) -> None:
+    async with house(folder, max_concurrent_requests=2) as made:
+        running = [asyncio.create_task(ask(made)) for _ in range(2)]
+        await eventually(lambda: len(made.prefills[0].calls) == 2)
+        response = await made.http.post(PATH, json=BODY)
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for call in made.prefills[0].calls:
+            assert await call.ended()
+        made.answers("ok")
+        assert (await ask(made))[0] == 200
+
+
+async def test_a_stopping_gateway_finishes_what_runs_and_takes_no_more(folder: Path) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        go = asyncio.Event()
+        answer = made.decodes[0].script
+
+        async def later(request: Any) -> AsyncGenerator[Any, None]:
+            await go.wait()
+            async for response in answer(request):
+                yield response
+
+        made.decodes[0].script = later
+        running = asyncio.create_task(ask(made))
+        await made.decodes[0].called.wait()
+        draining = asyncio.create_task(made.gateway.drain(10))
+        await asyncio.sleep(0)
+        assert (await ask(made))[0] == 503
+        assert (await made.http.get("/health")).status_code == 503
+        go.set()
+        status, body = await running
+        assert (status, answer_of(body)) == (200, "ok")
+        assert await draining
+
+
+async def test_many_at_once_do_not_mix(folder: Path) -> None:
+    async with house(folder, prefills=2, decodes=2) as made:
+
+        async def echo_first(request: Any) -> AsyncGenerator[Any, None]:
+            async for response in first_token(request.prompt_token_ids[0])(request):
+                await asyncio.sleep(0)
+                yield response
+
+        async def echo_rest(request: Any) -> AsyncGenerator[Any, None]:
+            async for response in rest([*request.prompt_token_ids[1:], EOS])(request):
+                await asyncio.sleep(0)
+                yield response
+
+        for worker in made.prefills:
+            worker.script = echo_first
+        for worker in made.decodes:
+            worker.script = echo_rest
+        prompts = [f"prompt {number:03}" for number in range(60)]
+        answers = await asyncio.gather(*(ask(made, prompt=prompt) for prompt in prompts))
+        assert [answer_of(body) for _, body in answers] == prompts
+        assert all(len(worker.calls) == 30 for worker in made.prefills)
