@@ -16,6 +16,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A silent peer (stopped, unplugged) is found in 15 s, as long as a call is open.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # Without it the keepalive's own timeout is not used, and a minute passes.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     # A peer that restarts is found again within two seconds.

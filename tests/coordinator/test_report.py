@@ -40,9 +40,9 @@ async def until(watcher: PlanWatcher, condition: Callable[[], bool]) -> None:
             await watcher.changed()
 
 
-async def true(condition: Callable[[], bool]) -> None:
+async def true(condition: Callable[[], bool], within_s: float = 20) -> None:
     """For what nothing announces."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -256,6 +256,19 @@ async def record(watcher: PlanWatcher, watched: list[bool]) -> None:
     while True:
         await watcher.changed()
         watched.append(watcher.ready)
+
+
+@pytest.mark.slow
+async def test_a_coordinator_that_falls_silent_is_noticed_by_keepalive(tmp_path: Path) -> None:
+    async with process(tmp_path) as silent:
+        address = str((await silent.event("ready"))["address"])
+        watcher = PlanWatcher(address)
+        with structlog.testing.capture_logs() as logs:
+            async with running(watcher):
+                await watcher.changed()
+                silent.send(signal.SIGSTOP)
+                # A ping after 10 s, its answer awaited for 5 s; gRPC's own default would be 70.
+                await true(lambda: any(entry["event"] == "coordinator_away" for entry in logs), within_s=40)
 
 
 async def test_a_stalled_coordinator_does_not_take_its_workers_for_dead(tmp_path: Path) -> None:
