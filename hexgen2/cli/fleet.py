@@ -116,15 +116,14 @@ class Fleet:
                 wait.cancel()
         return waits[done.pop()]
 
-    async def stop(self, show: Callable[[str], None] = lambda name: None) -> None:
+    async def stop(self, show: Callable[[str], None] = lambda names: None) -> None:
         """Stop the gateway first, so that nothing new comes in, then the workers, then the coordinator. Idempotent."""
         # A service drains for as long as its configuration says; the time on top is for the rest of its ending.
         drain_s = self.config.drain_s + 5.0
         workers = [process for process in self.processes if process.service in ("prefill", "decode")]
         for group in ([self["gateway"]], workers, [self["coordinator"]]):
-            for process in group:
-                if process.returncode is None:
-                    show(process.name)
+            if alive := [process.name for process in group if process.returncode is None]:
+                show(", ".join(alive))
             async with asyncio.TaskGroup() as tasks:
                 for process in group:
                     tasks.create_task(process.stop(drain_s, self.hurry))
@@ -173,6 +172,7 @@ class Fleet:
                     role="prefill" if role == "prefill" else "decode",
                     replica_id=name,
                     listen=format_address(host, 0),
+                    metrics_listen=format_address(host, 0),
                     coordinator=self.coordinator_address,
                     engine=engine,
                     kv=config.kv,

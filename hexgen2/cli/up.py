@@ -50,6 +50,7 @@ async def _up(config: FleetConfig, console: Console) -> None:
         try:
             await asyncio.wait((stopping, death), return_when=asyncio.FIRST_COMPLETED)
             if not stopping.done():
+                console.print(f"\n[red]{death.result().name} died[/]; stopping the others")
                 raise FleetError(died(death.result()))
         finally:
             stopping.cancel()
@@ -71,7 +72,7 @@ async def running(config: FleetConfig, console: Console) -> AsyncIterator["Signa
         yield fleet if await _start(fleet, console) else None
     finally:
         with console.status("stopping") as status:
-            await fleet.stop(lambda name: status.update(f"stopping {name} (Ctrl-C again: at once)"))
+            await fleet.stop(lambda names: status.update(f"stopping {names} (Ctrl-C again: at once)"))
         console.print("stopped")
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
