@@ -8,8 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# pip compiles on one core, and what it leaves uncompiled is compiled at every start where Python may not write it:
-# hence all at once, on all cores, at the end.
+# Python compiles what it imports when it first does; compiling all 20,000 files beforehand takes a minute or two.
 INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 # Where engines run: cpu, or vllm for CUDA GPUs.
@@ -99,7 +98,9 @@ ifeq ($(ENGINE),cpu)
 	@# load, and models of text need none.
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 endif
-	@echo "== compiling Python files"
+ifdef PYTHONDONTWRITEBYTECODE
+	@echo "== compiling, since PYTHONDONTWRITEBYTECODE would have it done again at every start"
 	@# -qq: a few packages ship templates that are not Python.
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+endif
 	@touch $@
