@@ -32,6 +32,8 @@ class Replica:
     incarnation: str
     max_model_len: int
     transport: str
+    #: host:port of its Prometheus metrics; empty when it serves none.
+    metrics_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

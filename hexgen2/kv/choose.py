@@ -4,10 +4,9 @@ from importlib.util import find_spec
 
 from hexgen2.config import KvConfig
 from hexgen2.errors import ConfigError
+from hexgen2.kv.tcp import TcpTransport
 from hexgen2.kv.transport import Transport
-
-#: One package per CUDA version; all have the same interface.
-_NIXL_MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
+from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport
 
 
 def transport_name(config: KvConfig) -> str:
@@ -16,7 +15,7 @@ def transport_name(config: KvConfig) -> str:
     Raises:
         ConfigError: ucx is asked for and NIXL is not installed.
     """
-    have_nixl = any(find_spec(name) for name in _NIXL_MODULES)
+    have_nixl = any(find_spec(name) for name in NIXL_MODULES)
     if config.transport == "ucx" and not have_nixl:
         raise ConfigError("kv.transport: ucx needs NIXL; install nixl-cu12 (or nixl-cu13), or choose tcp")
     if config.transport == "auto":
@@ -27,9 +26,5 @@ def transport_name(config: KvConfig) -> str:
 def make_transport(name: str, host: str) -> Transport:
     """The transport of that name. ``host`` is the address that its plane binds."""
     if name == "ucx":
-        from hexgen2.kv.ucx import UcxTransport
-
         return UcxTransport(host)
-    from hexgen2.kv.tcp import TcpTransport
-
     return TcpTransport(host)

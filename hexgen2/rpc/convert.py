@@ -183,6 +183,7 @@ def replica_to_proto(replica: Replica) -> pb.Replica:
         incarnation=replica.incarnation,
         max_model_len=replica.max_model_len,
         transport=replica.transport,
+        metrics_address=replica.metrics_address,
     )
 
 
@@ -197,6 +198,7 @@ def replica_from_proto(message: pb.Replica, field: str = "replica") -> Replica:
         incarnation=message.incarnation,
         max_model_len=message.max_model_len,
         transport=message.transport,
+        metrics_address=message.metrics_address,
     )
 
 

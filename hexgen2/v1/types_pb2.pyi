@@ -305,6 +305,7 @@ class Replica(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     role: Global___Role.ValueType
     address: _builtins.str
@@ -316,6 +317,8 @@ class Replica(_message.Message):
     max_model_len: _builtins.int
     transport: _builtins.str
     """What carries its KV, e.g. "ucx (tcp)"."""
+    metrics_address: _builtins.str
+    """host:port where it serves Prometheus metrics over HTTP; empty when it does not."""
     def __init__(
         self,
         *,
@@ -327,10 +330,11 @@ class Replica(_message.Message):
         incarnation: _builtins.str = ...,
         max_model_len: _builtins.int = ...,
         transport: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

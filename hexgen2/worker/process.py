@@ -45,7 +45,7 @@ async def run_worker(
     failed = ""
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.setup(config.role, config.replica_id))
-        stack.enter_context(metrics.metrics_served(config.metrics_listen))
+        metrics_address = stack.enter_context(metrics.metrics_served(config.metrics_listen))
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-")))
         server = GrpcServer(config.listen)
         register(server)
@@ -69,7 +69,7 @@ async def run_worker(
                 return Load(running, waiting)
             return Load(running, waiting, memory.bytes_used, memory.bytes_total)
 
-        replica = _replica(config, address)
+        replica = replace(_replica(config, address), metrics_address=metrics_address)
         reporter = Reporter(config.coordinator, replica, load)
         await stack.enter_async_context(owned(reporter.run()))
 

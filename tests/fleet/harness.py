@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.config import home
 from hexgen2.engine.base import Sampling
-from hexgen2.plan import Load, ReplicaState
+from hexgen2.plan import Load, Plan, Replica, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto, status_from_proto
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc, gateway_pb2, gateway_pb2_grpc, types_pb2
@@ -57,6 +58,7 @@ class Running:
     gateway: grpc.aio.Channel
     coordinator: grpc.aio.Channel
     workers: dict[str, Peer]
+    plan: Plan
 
     @property
     def pair(self) -> Pair:
@@ -104,6 +106,15 @@ class Running:
         await eventually_async(idle)
 
 
+async def metric(replica: Replica, name: str) -> float:
+    """The sum over the labels of one of a worker's metrics."""
+    async with httpx.AsyncClient() as client:
+        text = (await client.get(f"http://{replica.metrics_address}/metrics")).text
+    lines = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
+    assert lines, f"{replica.replica_id} has no metric {name}"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+
 @asynccontextmanager
 async def running(config: FleetConfig) -> AsyncIterator[Running]:
     """A fleet on free ports of loopback; its logs are in the failure report."""
@@ -120,7 +131,7 @@ async def running(config: FleetConfig) -> AsyncIterator[Running]:
             replica.replica_id: Peer(replica.address, await stack.enter_async_context(channel(replica.address)))
             for replica in plan.replicas
         }
-        yield Running(fleet, gateway, coordinator, workers)
+        yield Running(fleet, gateway, coordinator, workers, plan)
 
 
 def kv_bytes(folder_shape: tuple[int, int, int, int], num_tokens: int) -> int:
