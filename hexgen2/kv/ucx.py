@@ -8,6 +8,10 @@ What was measured about NIXL 1.5.1, and what follows from it here:
 * A peer that dies ends its READs with an error within 0.1 s on one machine, between two when the connection breaks.
 * Without its progress thread (which spins a core) nothing moves unless somebody calls, and UCX cannot wake a sleeper:
   both ends must poll. The end that is read from must do so while a connection is made, and over TCP all the time.
+* Over TCP and over plain shared memory a READ is emulated by the peer, and there UCX aborts the process that is read
+  from if the reader dies between asking and the first byte of the answer (``ucp_request.inl: unexpected error``). With
+  RDMA, CUDA IPC and CMA (processes of one machine) the peer has no part in a READ, and no such risk. Between machines
+  without RDMA, TcpTransport is the better choice. ``close`` waits a moment for open READs for the same reason.
 * UCX over TCP lets whoever can connect address any memory: on loopback it is bound to ``lo``; elsewhere set
   ``UCX_NET_DEVICES`` to a private network.
 """
@@ -23,6 +27,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from logging import WARNING, getLogger
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -39,6 +44,8 @@ NIXL_MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 # Idle peers beyond this are forgotten, oldest first: peers that were restarted leave endpoints behind.
 _MAX_PEERS = 256
 _BACKENDS = ["UCX"]
+# How long ``close`` waits for open reads.
+_CLOSE_S = 1.0
 
 
 class _Endpoint(msgspec.Struct, frozen=True, array_like=True, tag="hexgen2-ucx-1"):
@@ -86,7 +93,7 @@ class UcxTransport:
         )
         if "UCX" not in self._agent.backends:
             raise ConfigError("kv.transport: this build of NIXL has no UCX backend; choose tcp")
-        self._registered: list[Any] = []
+        self._registered: list[tuple[Any, torch.Tensor]] = []  # NIXL's descriptors keep no memory alive
         self._endpoint = b""
         self._landing: torch.Tensor | None = None
         self._peers: dict[bytes, _Peer] = {}  # oldest use first
@@ -100,7 +107,7 @@ class UcxTransport:
         for name, buffer in (("send", send), ("landing", landing)):
             if buffer is not None:
                 try:
-                    self._registered.append(self._agent.register_memory(buffer, backends=_BACKENDS))
+                    self._registered.append((self._agent.register_memory(buffer, backends=_BACKENDS), buffer))
                 except self._errors as error:
                     raise ConfigError(
                         f"kv: UCX cannot register the {name} buffer of {buffer.numel()} bytes: {error}"
@@ -182,14 +189,18 @@ class UcxTransport:
 
     def close(self) -> None:
         """Release everything. UCX's connections end with the agent, and with them whatever was still in flight."""
-        agent, self._agent = self._agent, None
-        if agent is None:
+        if self._agent is None:
             return
+        end = monotonic() + _CLOSE_S
+        while self._reads and monotonic() < end:
+            self.poll()
+            sleep(0.0002)
+        agent, self._agent = self._agent, None
         for read in self._reads.values():
             self._quietly(read.transfer.release)
         for peer in self._peers.values():
             self._quietly(agent.remove_remote_agent, peer.name)
-        for registered in self._registered:
+        for registered, _ in self._registered:
             self._quietly(agent.deregister_memory, registered)
         self._reads.clear()
         self._peers.clear()
@@ -257,12 +268,17 @@ def _place(buffer: "torch.Tensor") -> tuple[str, int]:
 
 def _prepare_environment(host: str) -> None:
     """Settings that UCX reads when it starts; what the user has set stays."""
-    infiniband = Path("/sys/class/infiniband")
-    if not infiniband.is_dir() or not any(infiniband.iterdir()):
+    if not has_rdma():
         # UCX's InfiniBand module crashes the process at exit where there is nothing for it.
         os.environ.setdefault("UCX_MODULES", "^ib")
     if _is_loopback(host) and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
+def has_rdma() -> bool:
+    """Whether this machine has an RDMA device (InfiniBand, RoCE, EFA)."""
+    infiniband = Path("/sys/class/infiniband")
+    return infiniband.is_dir() and any(infiniband.iterdir())
 
 
 def _is_loopback(host: str) -> bool:
