@@ -48,7 +48,7 @@ def up(fleet_file: Path, environment: dict[str, str]) -> Iterator[dict[str, str]
                 said.append(line)
                 if line.startswith("Ctrl-C"):
                     break
-            yield {line[:14].strip(): line[14:].strip() for line in said}
+            yield {line[:18].strip(): line[18:].strip() for line in said}
             process.send_signal(signal.SIGINT)
             rest = process.stdout.read()
             assert process.wait(DEADLINE_S) == 0
