@@ -16,5 +16,5 @@ async def eventually(condition: Callable[[], bool]) -> None:
 async def eventually_async(condition: Callable[[], Awaitable[bool]]) -> None:
     """The same for a condition that must be asked for."""
     async with asyncio.timeout(DEADLINE_S):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110, as above
             await asyncio.sleep(0.05)
