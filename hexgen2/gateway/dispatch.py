@@ -1,16 +1,24 @@
-"""Where a request goes, first and after a failure. Decides from the plan, the states and what is in flight; no I/O."""
+"""Where a request goes, first and after a failure. Decides from the plan, the states and what is in flight; no I/O.
+
+The coordinator takes seconds to find that a replica is lost (or may be away itself). Until then a replica that has just
+failed is passed over where there is another.
+"""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Protocol
 
 from hexgen2.engine.base import Sampling
-from hexgen2.errors import Overloaded, StaleEpoch, Unavailable
+from hexgen2.errors import EngineFailed, HexgenError, Overloaded, StaleEpoch, Unavailable
 from hexgen2.gateway.life import Side, TryAgain, Way, for_client
 from hexgen2.plan import Plan, Replica, ReplicaStatus, Role
 from hexgen2.routing import RouteKey, Router, pick_colocated, usable_routes
+
+#: How long a replica that failed is passed over.
+SUSPECT_S = 2.0
 
 
 class PlanSource(Protocol):
@@ -38,10 +46,13 @@ class Targets:
 
 
 class Dispatch:
-    """Keeps the count of what is in flight. One per gateway."""
+    """Keeps the count of what is in flight and who failed lately. One per gateway; ``clock`` in seconds."""
 
-    def __init__(self, plans: PlanSource) -> None:
+    def __init__(self, plans: PlanSource, clock: Callable[[], float] = monotonic) -> None:
         self._plans = plans
+        self._clock = clock
+        # By incarnation: a replica that was started anew is innocent.
+        self._suspect_until: dict[str, float] = {}
         self._router = Router()
         self._on_routes: Counter[RouteKey] = Counter()
         self._colocated: Counter[str] = Counter()
@@ -62,8 +73,11 @@ class Dispatch:
         Raises:
             Unavailable: no replica that could serve it is ready.
         """
-        targets = None if sampling.needs_history else self._route(sampling, frozenset())
-        targets = targets or self._on_decode(frozenset())
+        suspects = self._suspects()
+        targets = None
+        if not sampling.needs_history:
+            targets = self._route(sampling, suspects) or self._route(sampling, frozenset())
+        targets = targets or self._on_decode(suspects) or self._on_decode(frozenset())
         if targets is None:
             raise Unavailable("no replica is ready to serve this request; try again shortly")
         return targets
@@ -76,6 +90,7 @@ class Dispatch:
         """
         if isinstance(failure.error, StaleEpoch):
             return self.first(sampling)
+        self._suspect(tried.prefill if failure.side is Side.PREFILL else tried.decode, failure.error)
         found = self._elsewhere(sampling, tried, failure.side)
         if found is None and not isinstance(failure.error, Overloaded):
             # A way round prefill, or the same replicas: the connection may have been all that was lost.
@@ -87,9 +102,12 @@ class Dispatch:
             raise for_client(failure.error)
         return found
 
-    def other_decode(self, targets: Targets, failed: frozenset[str]) -> Replica | None:
-        """Another decode replica that the same prefill may hand over to."""
+    def other_decode(
+        self, targets: Targets, lost: Replica, error: HexgenError, failed: frozenset[str]
+    ) -> Replica | None:
+        """Another decode replica than ``failed`` (ids) that the same prefill may hand over to."""
         assert targets.prefill is not None
+        self._suspect(lost, error)
         prefill_id = targets.prefill.replica_id
         others = frozenset(r.replica_id for r in self.plan.replicas if r.role is Role.PREFILL) - {prefill_id}
         route = self._router.pick(self.plan, self._plans.statuses, self._on_routes, failed | others)
@@ -109,13 +127,25 @@ class Dispatch:
             if not counter[key]:
                 del counter[key]
 
+    def _suspect(self, replica: Replica | None, error: HexgenError) -> None:
+        if replica is not None and isinstance(error, Unavailable | EngineFailed):
+            self._suspect_until[replica.incarnation] = self._clock() + SUSPECT_S
+
+    def _suspects(self) -> frozenset[str]:
+        """Ids of replicas that failed lately."""
+        now = self._clock()
+        self._suspect_until = {key: until for key, until in self._suspect_until.items() if until > now}
+        return frozenset(r.replica_id for r in self.plan.replicas if r.incarnation in self._suspect_until)
+
     def _elsewhere(self, sampling: Sampling, tried: Targets, side: Side) -> Targets | None:
         prefill = frozenset({tried.prefill.replica_id} if tried.prefill else ())
         decode = frozenset({tried.decode.replica_id} if tried.decode else ())
+        suspects = self._suspects()
         if tried.way is Way.COLOCATED:
-            return self._on_decode(decode)
+            return self._on_decode(decode | suspects) or self._on_decode(decode)
         # What prefill's call reports is prefill's failure; what decode's reports may be either's.
-        ladder = [prefill | decode, prefill] if side is Side.PREFILL else [prefill | decode, decode, prefill]
+        ladder = [prefill] if side is Side.PREFILL else [decode, prefill]
+        ladder = [prefill | decode | suspects, prefill | decode, *ladder]
         return next((found for exclude in ladder if (found := self._route(sampling, exclude))), None)
 
     def _route(self, sampling: Sampling, exclude: frozenset[str]) -> Targets | None:

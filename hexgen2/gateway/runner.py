@@ -109,7 +109,7 @@ class Attempt:
     async def _move_decode(self, calls: Calls, error: HexgenError) -> tuple[Action, ...]:
         assert self.decode is not None
         self._failed_decodes |= {self.decode.replica_id}
-        other = self._dispatch.other_decode(self.targets, self._failed_decodes)
+        other = self._dispatch.other_decode(self.targets, self.decode, error, self._failed_decodes)
         if other is None:
             return self.life.on(NoDecodeLeft(error))
         log.warning("decode_moved", failed=self.decode.replica_id, to=other.replica_id, reason=str(error))

@@ -99,7 +99,7 @@ class Worker(prefill_pb2_grpc.PrefillServicer, decode_pb2_grpc.DecodeServicer):
 
     @property
     def replica(self) -> Replica:
-        return Replica(self.replica_id, self.role, self.address, MODEL, b"", "1", MAX_MODEL_LEN, "memory")
+        return Replica(self.replica_id, self.role, self.address, MODEL, b"", self.address, MAX_MODEL_LEN, "memory")
 
 
 async def silent(_: Any) -> AsyncGenerator[Any, None]:

@@ -1,0 +1,124 @@
+"""Where requests go, and where they go next."""
+
+from dataclasses import replace
+
+import pytest
+
+from hexgen2.engine.base import Sampling
+from hexgen2.errors import EngineFailed, HexgenError, Overloaded, Unavailable
+from hexgen2.gateway.dispatch import SUSPECT_S, Dispatch, Targets
+from hexgen2.gateway.life import Side, TryAgain, Way
+from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
+
+GREEDY = Sampling(max_tokens=8)
+PENALISED = Sampling(max_tokens=8, presence_penalty=1)
+LOST = Unavailable("gone")
+
+
+class Fleet:
+    """A plan source and a clock."""
+
+    def __init__(self, prefills: int, decodes: int) -> None:
+        self.now = 0.0
+        ids = [(Role.PREFILL, f"p{n}") for n in range(prefills)] + [(Role.DECODE, f"d{n}") for n in range(decodes)]
+        replicas = tuple(Replica(name, role, f"{name}:1", "m", b"", f"{name}-first", 64, "") for role, name in ids)
+        routes = tuple(Route(f"p{p}", f"d{d}", 1.0) for p in range(prefills) for d in range(decodes))
+        self.plan = Plan(1, replicas, routes)
+        self.statuses = {name: ReplicaStatus(name, ReplicaState.READY, Load()) for _, name in ids}
+        self.dispatch = Dispatch(self, lambda: self.now)
+
+    def restart(self, replica_id: str) -> None:
+        changed = [
+            replace(each, incarnation="second") if each.replica_id == replica_id else each
+            for each in self.plan.replicas
+        ]
+        self.plan = replace(self.plan, replicas=tuple(changed))
+
+
+def ends(targets: Targets) -> tuple[str | None, str | None]:
+    return (
+        targets.prefill.replica_id if targets.prefill else None,
+        targets.decode.replica_id if targets.decode else None,
+    )
+
+
+def test_one_token_goes_to_prefill_alone_and_history_to_decode_alone() -> None:
+    fleet = Fleet(1, 1)
+    one = fleet.dispatch.first(replace(GREEDY, max_tokens=1))
+    assert (one.way, ends(one)) == (Way.FIRST_ONLY, ("p0", None))
+    alone = fleet.dispatch.first(PENALISED)
+    assert (alone.way, ends(alone)) == (Way.COLOCATED, (None, "d0"))
+
+
+def test_what_failed_is_passed_over_for_a_while() -> None:
+    fleet = Fleet(3, 1)
+    tried = fleet.dispatch.first(GREEDY)
+    lost = ends(tried)[0]
+    fleet.dispatch.again(GREEDY, tried, TryAgain(Side.PREFILL, LOST))
+    assert lost not in {ends(fleet.dispatch.first(GREEDY))[0] for _ in range(6)}
+    fleet.now = SUSPECT_S
+    assert lost in {ends(fleet.dispatch.first(GREEDY))[0] for _ in range(6)}
+
+
+def test_a_replica_started_anew_is_innocent() -> None:
+    fleet = Fleet(2, 1)
+    tried = fleet.dispatch.first(GREEDY)
+    fleet.dispatch.again(GREEDY, tried, TryAgain(Side.PREFILL, LOST))
+    fleet.restart(str(ends(tried)[0]))
+    assert {ends(fleet.dispatch.first(GREEDY))[0] for _ in range(4)} == {"p0", "p1"}
+
+
+def test_a_second_attempt_avoids_all_that_failed_lately() -> None:
+    fleet = Fleet(3, 1)
+    seen = []
+    for _ in range(2):
+        tried = fleet.dispatch.first(GREEDY)
+        seen.append(ends(tried)[0])
+        after = fleet.dispatch.again(GREEDY, tried, TryAgain(Side.PREFILL, LOST))
+    assert len(set(seen)) == 2
+    assert ends(after)[0] not in seen
+
+
+def test_the_only_ones_are_used_however_suspect() -> None:
+    fleet = Fleet(1, 1)
+    tried = fleet.dispatch.first(GREEDY)
+    same = fleet.dispatch.again(GREEDY, tried, TryAgain(Side.DECODE, LOST))
+    assert ends(same) == ends(fleet.dispatch.first(GREEDY)) == ("p0", "d0")
+
+
+@pytest.mark.parametrize("side", Side)
+def test_a_full_queue_is_not_asked_twice_and_not_suspect(side: Side) -> None:
+    fleet = Fleet(1, 1)
+    tried = fleet.dispatch.first(GREEDY)
+    with pytest.raises(Overloaded):
+        fleet.dispatch.again(GREEDY, tried, TryAgain(side, Overloaded("full")))
+
+
+@pytest.mark.parametrize("error", [LOST, EngineFailed("dead")])
+def test_decode_moves_to_another_of_the_same_prefill(error: HexgenError) -> None:
+    fleet = Fleet(2, 3)
+    targets = fleet.dispatch.first(GREEDY)
+    assert targets.decode is not None
+    failed = frozenset({targets.decode.replica_id})
+    other = fleet.dispatch.other_decode(targets, targets.decode, error, failed)
+    assert other is not None
+    assert other.replica_id not in failed
+    assert fleet.dispatch.other_decode(targets, other, error, frozenset({"d0", "d1", "d2"})) is None
+
+
+def test_what_runs_is_counted_until_it_ends() -> None:
+    fleet = Fleet(1, 2)
+    picked = []
+    busy = fleet.dispatch.first(PENALISED)
+    with fleet.dispatch.counted(busy):
+        picked = [ends(fleet.dispatch.first(PENALISED))[1] for _ in range(2)]
+    assert picked == ["d1", "d1"]
+    assert ends(fleet.dispatch.first(PENALISED))[1] == "d0"
+
+
+def test_nothing_ready_is_unavailable() -> None:
+    fleet = Fleet(1, 1)
+    fleet.statuses = {}
+    assert not fleet.dispatch.usable()
+    with pytest.raises(Unavailable):
+        fleet.dispatch.first(GREEDY)
