@@ -75,15 +75,16 @@ class DigestKey:
         shift = _WORDS_BITS + _LAYER_BITS + _CHUNK_BITS
         return [_signed(self._place_factor * (head << shift | rest)) for head in heads]
 
-    def _sums(self, words: torch.Tensor) -> torch.Tensor:
+    def _digests(self, words: torch.Tensor, places: list[int]) -> torch.Tensor:
         """``words``: int32 [head, part, word] on any strides but the last; returns int64 [head]."""
         parts, length = words.shape[1:]
         if self._on_device is None:
             # einsum casts in small buffers and multiplies in int64, wrapping: no temporaries, 5 GB/s on one thread.
             table = self._multipliers[: parts * length].reshape(parts, length)
-            return torch.from_numpy(np.einsum("hpi,pi->h", words.numpy(), table))
+            return torch.from_numpy(np.einsum("hpi,pi->h", words.numpy(), table) + np.array(places, dtype=np.int64))
         # Integer sums wrap, so their order does not matter: the same value as on a CPU.
-        return (words * self._on_device[: parts * length].view(parts, length)).sum((1, 2))
+        sums = (words * self._on_device[: parts * length].view(parts, length)).sum((1, 2))
+        return sums + torch.tensor(places, dtype=torch.int64, device=words.device)
 
 
 def digest(piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int) -> torch.Tensor:
@@ -104,7 +105,7 @@ def digest(piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first
     if parts * length > key.max_words:
         raise ValueError(f"piece: {parts * length} words per head, the key was made for {key.max_words}")
     places = key._places(layer, chunk, range(first_head, first_head + heads), parts * length)
-    return key._sums(words) + torch.tensor(places, dtype=torch.int64, device=piece.device)
+    return key._digests(words, places)
 
 
 def copy_and_digest(
@@ -119,12 +120,15 @@ def copy_and_digest(
     heads = dst.shape[0]
     # On a GPU one launch is best; on a CPU, digest what is still in the cache.
     step = heads if dst.is_cuda else max(1, _GROUP_BYTES * heads // max(1, dst.numel() * dst.element_size()))
+    if step >= heads:
+        dst.copy_(src)
+        return digest(dst, key, layer=layer, chunk=chunk, first_head=first_head)
     digests = []
     for head in range(0, heads, step):
         part = dst[head : head + step]
         part.copy_(src[head : head + step])
         digests.append(digest(part, key, layer=layer, chunk=chunk, first_head=first_head + head))
-    return digests[0] if len(digests) == 1 else torch.cat(digests)
+    return torch.cat(digests)
 
 
 def to_wire(digests: torch.Tensor) -> tuple[int, ...]:
@@ -134,15 +138,16 @@ def to_wire(digests: torch.Tensor) -> tuple[int, ...]:
 
 def _as_words(piece: torch.Tensor) -> torch.Tensor:
     """[kv_head, ...] as int32 [kv_head, part, word], without copying where rows of (token, head_dim) are whole."""
-    heads = piece.shape[0]
-    if not piece.is_contiguous() and piece.dim() == 4:
-        rows = piece.flatten(2)
-        if rows.stride(2) == 1 and rows.shape[2] * rows.element_size() % 4 == 0:
+    heads, item_bytes = piece.shape[0], piece.element_size()
+    head_bytes = piece.numel() * item_bytes // heads
+    if head_bytes % 4:
+        raise ValueError(f"piece: {head_bytes} bytes per head, not a multiple of 4")
+    if not piece.is_contiguous():
+        rows = piece.flatten(2) if piece.dim() == 4 else piece
+        if piece.dim() == 4 and rows.stride(2) == 1 and rows.shape[2] * item_bytes % 4 == 0:
             return rows.view(torch.int32)
-    flat = piece.reshape(heads, piece[0].numel())
-    if flat.shape[1] * flat.element_size() % 4:
-        raise ValueError(f"piece: {flat.shape[1] * flat.element_size()} bytes per head, not a multiple of 4")
-    return flat.view(torch.int32).unsqueeze(1)
+        piece = piece.contiguous()
+    return piece.view(heads, -1).view(torch.int32).view(heads, 1, -1)
 
 
 def _expand(token: bytes, num_words: int) -> "tuple[NDArray[np.int64], int]":
