@@ -37,8 +37,8 @@ from hexgen2.worker.prefill import FirstToken, PrefillJob, PrefillWorker
 START_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 600.0
 
-#: One request: the number of tokens in each message of its answer, as they come.
-Ask = Callable[[Sequence[int], Sampling], AsyncIterator[int]]
+#: One request: the tokens of its answer, as they come.
+Ask = Callable[[Sequence[int], Sampling], AsyncIterator[list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ async def measure(setup: str, ask: Ask, load: Load) -> Row:
             began = perf_counter()
             first, num_tokens = 0.0, 0
             async for tokens in ask(queue.pop(), sampling):
-                num_tokens += tokens
+                num_tokens += len(tokens)
                 first = first or perf_counter()
             if num_tokens != load.output_tokens:
                 raise RuntimeError(f"{setup}: an answer of {num_tokens} tokens, not {load.output_tokens}")
@@ -98,6 +98,11 @@ async def measure(setup: str, ask: Ask, load: Load) -> Row:
     return Row(setup, load.num_requests * load.output_tokens / seconds, median(ttft), median(tpot))
 
 
+def token_ids(output: EngineOutput) -> list[int]:
+    """What an engine has added."""
+    return [token.token_id for token in output.tokens]
+
+
 @asynccontextmanager
 async def services(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]:
     """Gateway, coordinator, one prefill and one decode worker, asked over gRPC."""
@@ -109,12 +114,12 @@ async def services(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]
         async with Fleet(config, Path(folder)) as fleet, channel(fleet.grpc_address) as gateway:
             stub = gateway_pb2_grpc.GatewayStub(gateway)
 
-            async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[int]:
+            async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[list[int]]:
                 request = gateway_pb2.GenerateRequest(sampling=sampling_to_proto(sampling))
                 request.prompt_token_ids.ids.extend(prompt)
                 async for response in stub.Generate(request, timeout=REQUEST_TIMEOUT_S):
                     if response.tokens:
-                        yield len(response.tokens)
+                        yield [token.token_id for token in response.tokens]
 
             yield ask
 
@@ -148,7 +153,7 @@ async def pair(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]:
         prefill = PrefillWorker(*p)  # type: ignore[arg-type]
         decode = DecodeWorker(*d, lambda _, transfer_id, token: prefill.fetch(transfer_id, token))  # type: ignore[arg-type]
 
-        async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[int]:
+        async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[list[int]]:
             transfer_id, token, ids = secrets.token_hex(8), secrets.token_bytes(32), tuple(prompt)
             job = DecodeJob(f"d{transfer_id}", ids, sampling, RemoteKv(transfer_id, token, ""))
             made = prefill.run(PrefillJob(f"p{transfer_id}", transfer_id, token, ids, sampling, True))
@@ -164,11 +169,11 @@ async def pair(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]:
                 tasks.create_task(follow())
                 async for event in made:
                     if isinstance(event, FirstToken):
-                        yield 1
+                        yield [event.token.token_id]
                         break
                 while (output := await started.get()) is not None:
                     if isinstance(output, EngineOutput):
-                        yield len(output.tokens)
+                        yield token_ids(output)
                     else:
                         await made.aclose()
 
@@ -180,11 +185,11 @@ async def alone(engine_config: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[
     """One vLLM engine that does both phases."""
     async with bare_engine(engine_config, kv, "decode") as (engine, _, _):
 
-        async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[int]:
+        async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[list[int]]:
             request = EngineRequest(secrets.token_hex(8), tuple(prompt), sampling)
             async with aclosing(engine.generate(request)) as outputs:  # type: ignore[attr-defined]
                 async for output in outputs:
-                    yield len(output.tokens)
+                    yield token_ids(output)
 
         yield ask
 

@@ -14,7 +14,8 @@ import pytest_asyncio
 
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.engine.base import Sampling
-from tests.fleet.harness import GREEDY, LENGTH, STOP, Running, running, smollm2
+from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
+from tests.fleet.harness import DEADLINE_S, GREEDY, LENGTH, STOP, Running, running, smollm2
 
 pytestmark = pytest.mark.vllm
 
@@ -50,6 +51,27 @@ async def test_tokens_equal_those_of_one_engine_and_every_byte_moved(fleet: Runn
     assert answer.tokens == alone
     assert answer.last.usage.completion_tokens == GREEDY.max_tokens
     assert answer.last.timing.kv.transport.startswith(fleet.fleet.config.kv.transport)
+
+
+async def test_layers_leave_while_prefill_computes(fleet: Running) -> None:
+    prompt = prompt_of(1000, seed=3)
+    transfer = fleet.pair.transfer()
+    prefill = fleet.pair.start_prefill(transfer, prompt, GREEDY)
+    stub = prefill_pb2_grpc.PrefillStub(fleet.workers["prefill-0"].channel)
+    request = prefill_pb2.FetchKvRequest(transfer_id=transfer.transfer_id, token=transfer.token)
+    before, after = 0, 0
+    first_token = False
+    async for response in stub.FetchKv(request, timeout=DEADLINE_S):
+        first_token = first_token or response.HasField("first_token")
+        if first_token:
+            after += len(response.pieces.pieces)
+        else:
+            before += len(response.pieces.pieces)
+    prefill.cancel()
+    # Of 8 chunks in 4 steps, those of the first 3 steps are there well before the last step has made a token.
+    assert before >= 6 * 30
+    assert before + after == 8 * 30
+    await fleet.settled()
 
 
 async def test_eight_at_once_equal_one_by_one(fleet: Running) -> None:
