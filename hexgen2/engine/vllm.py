@@ -68,17 +68,21 @@ class VllmEngine:
         adopt_logging(WARNING)
         try:
             args = AsyncEngineArgs(**self._args)
-            return AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.factory])
+            llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.factory])
         except ValueError as error:
             raise ConfigError(f"vLLM cannot serve {self._config.model}: {_one_line(error)}") from error
         except RuntimeError as error:
             raise EngineFailed(f"vLLM did not start: {_one_line(error)} (see the log above)") from error
+        adopt_logging(WARNING)  # it has configured logging once more
+        return llm
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Run one request; closing the iterator, or cancelling what iterates, aborts it in the engine."""
         self._check(request)
+        from vllm.inputs import tokens_input
+
         params = sampling_params(request)
-        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        prompt = tokens_input(list(request.prompt_token_ids))
         first = True
         self._in_flight += 1
         try:
@@ -139,6 +143,9 @@ class VllmEngine:
         """Stop every process of the engine. Idempotent."""
         llm, self._llm = self._llm, None
         if llm is not None:
+            if llm.output_handler is not None and not self._in_flight:
+                # Else it takes the end for a failure, and logs it as one. Requests that still run need to hear of it.
+                llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
             # Its finaliser would do it again, and fail when it runs as late as the interpreter's end.
             llm.shutdown = lambda timeout=None: None

@@ -19,7 +19,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
-from hexgen2.engine.vllm_env import hide_unusable_packages
 from hexgen2.engine.vllm_layout import DenseLayout, Layout, PackedLayout, check_exact, cpu_cache_write
 from hexgen2.engine.vllm_rank import RankKv
 from hexgen2.engine.vllm_sends import Load, Send, Sends
@@ -27,8 +26,6 @@ from hexgen2.errors import ConfigError
 from hexgen2.kv.agent import KvAgent, count
 from hexgen2.kv.choose import make_transport
 from hexgen2.kv.wire import KvShape, RankSlice
-
-hide_unusable_packages()
 
 #: Keys of a request's ``kv_transfer_params``: the id of the transfer to send its KV to, or to load it from.
 SEND_TRANSFER = "hexgen2_send_transfer"

@@ -5,19 +5,18 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 #: Wanted by transformers for images and sound alone. PyPI's are built for CUDA and fail to import beside a CPU torch.
 OPTIONAL_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 
-def hide_unusable_packages() -> None:
-    """Make packages of another build than torch's absent in this process; text models need none of them."""
+def unusable_packages() -> tuple[str, ...]:
+    """Those that are installed, but not in torch's build."""
     if not _version("torch").endswith("+cpu"):
-        return
-    for name in OPTIONAL_PACKAGES:
-        if name not in sys.modules and not _version(name).endswith("+cpu"):
-            # As if it were not installed, also for importlib.util.find_spec.
-            sys.modules[name] = None  # type: ignore[assignment]
+        return ()
+    versions = {name: _version(name) for name in OPTIONAL_PACKAGES}
+    return tuple(name for name, version in versions.items() if version and not version.endswith("+cpu"))
 
 
 def prepare(omp_num_threads: int, *, cpu: bool) -> None:
@@ -41,7 +40,7 @@ def prepare(omp_num_threads: int, *, cpu: bool) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ["OMP_NUM_THREADS"] = str(omp_num_threads)
-    hide_unusable_packages()
+    _hide(unusable_packages())
 
 
 def adopt_logging(level: int) -> None:
@@ -57,6 +56,18 @@ def is_cpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _hide(names: tuple[str, ...]) -> None:
+    """Make packages absent, also for ``importlib.util.find_spec``: here, and in every process started from here."""
+    if not names:
+        return
+    for name in names:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    os.environ["HEXGEN2_ABSENT_PACKAGES"] = ",".join(names)
+    folder = str(Path(__file__).resolve().parent / "child_site")
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    os.environ["PYTHONPATH"] = os.pathsep.join((folder, *(path for path in paths if path != folder)))
 
 
 def _version(name: str) -> str:

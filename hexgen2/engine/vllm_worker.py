@@ -8,10 +8,6 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from hexgen2.engine.vllm_env import hide_unusable_packages
-
-hide_unusable_packages()
-
 
 class PipelineCpuWorker(CPUWorker):
     """One rank of a pipeline on CPUs."""
