@@ -6,12 +6,14 @@ A program of its own: torch and transformers take gigabytes while they work, and
 import sys
 from pathlib import Path
 
-from hexgen2.engine.vllm_env import hide_unusable_packages
+from hexgen2.engine.vllm_env import unusable_packages
 
 
 def main(gguf: Path, folder: Path) -> None:
     """Write ``folder``: weights, config, generation config, tokenizer and chat template."""
-    hide_unusable_packages()
+    for name in unusable_packages():
+        # As if it were not installed: transformers fails when it meets one that does not load.
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
