@@ -33,7 +33,7 @@ TRACE_LOOK_S = 0.25
 
 
 class DemoFailed(HexgenError):
-    """The fleet ran, but its answer is not the expected one."""
+    """The demo was stopped, or its answer is not the expected one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,29 @@ def demo(config: FleetConfig) -> None:
 
 async def _demo(config: FleetConfig, console: Console) -> None:
     async with running(config, console) as fleet:
-        if fleet is None:
-            return
-        console.print(f"\n[bold]{QUESTION}[/]\n")
-        async with asyncio.timeout(2 * TIMEOUT_S):
-            console.print("[cyan]gRPC[/]  ", end="")
-            by_grpc = await _ask_grpc(fleet)
-            console.print("[cyan]HTTP[/]  ", end="")
-            by_http = await _ask_http(fleet)
-        console.print()
-        console.print(_table(by_grpc, by_http))
-        if by_grpc.trace_id and (trace := await _trace(by_grpc.trace_id)):
-            console.print("\nThe request over gRPC, as [bold]hexgen2 trace[/] shows it:\n")
-            console.print(draw(trace))
-        console.print()
-        if config.engine.kind == "vllm":
-            for figures in (by_grpc, by_http):
-                if EXPECTED not in figures.text:
-                    raise DemoFailed(f"the answer {figures.text!r} lacks {EXPECTED!r}")
+        if fleet is not None:
+            await fleet.unless_stopped(_show(fleet, console))
+        if fleet is None or fleet.stopping.is_set():
+            raise DemoFailed("stopped before its end")
+
+
+async def _show(fleet: Fleet, console: Console) -> None:
+    console.print(f"\n[bold]{QUESTION}[/]\n")
+    async with asyncio.timeout(2 * TIMEOUT_S):
+        console.print("[cyan]gRPC[/]  ", end="")
+        by_grpc = await _ask_grpc(fleet)
+        console.print("[cyan]HTTP[/]  ", end="")
+        by_http = await _ask_http(fleet)
+    console.print()
+    console.print(_table(by_grpc, by_http))
+    if by_grpc.trace_id and (trace := await _trace(by_grpc.trace_id)):
+        console.print("\nThe request over gRPC, as [bold]hexgen2 trace[/] shows it:\n")
+        console.print(draw(trace))
+    console.print()
+    if fleet.config.engine.kind == "vllm":
+        for figures in (by_grpc, by_http):
+            if EXPECTED not in figures.text:
+                raise DemoFailed(f"the answer {figures.text!r} lacks {EXPECTED!r}")
 
 
 async def _ask_grpc(fleet: Fleet) -> Figures:

@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -22,6 +23,9 @@ from hexgen2.config import EmulatedEngineConfig, home
 from hexgen2.errors import ConfigError
 from hexgen2.plan import ReplicaState
 
+T = TypeVar("T")
+
+#: Of tables and traces that go to a file or a pipe.
 NO_TERMINAL_WIDTH = 120
 
 #: Folders of earlier fleets (configuration and logs) that are kept.
@@ -45,16 +49,10 @@ async def _up(config: FleetConfig, console: Console) -> None:
             return
         await _tell(fleet, console)
         console.print("\nCtrl-C stops it.")
-        stopping = asyncio.ensure_future(fleet.stopping.wait())
-        death = asyncio.ensure_future(fleet.watch())
-        try:
-            await asyncio.wait((stopping, death), return_when=asyncio.FIRST_COMPLETED)
-            if not stopping.done():
-                console.print(f"\n[red]{death.result().name} died[/]; stopping the others")
-                raise FleetError(died(death.result()))
-        finally:
-            stopping.cancel()
-            death.cancel()
+        dead = await fleet.unless_stopped(fleet.watch())
+        if dead is not None:
+            console.print(f"\n[red]{dead.name} died[/]; stopping the others")
+            raise FleetError(died(dead))
 
 
 @asynccontextmanager
@@ -69,7 +67,9 @@ async def running(config: FleetConfig, console: Console) -> AsyncIterator["Signa
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, fleet.on_signal)
     try:
-        yield fleet if await _start(fleet, console) else None
+        with StartView(fleet, console) as view:
+            await fleet.unless_stopped(fleet.start(view.show))
+        yield None if fleet.stopping.is_set() else fleet
     finally:
         with console.status("stopping") as status:
             await fleet.stop(lambda names: status.update(f"stopping {names} (Ctrl-C again: at once)"))
@@ -91,21 +91,17 @@ class SignalledFleet(Fleet):
             self.hurry.set()
         self.stopping.set()
 
-
-async def _start(fleet: SignalledFleet, console: Console) -> bool:
-    """Whether it is ready; False when it was told to stop first."""
-    with StartView(fleet, console) as view:
-        start = asyncio.ensure_future(fleet.start(view.show))
-        stopping = asyncio.ensure_future(fleet.stopping.wait())
+    async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of ``work``; None, and ``work`` is cancelled, when told to stop first."""
+        task = asyncio.ensure_future(work)
+        stopping = asyncio.ensure_future(self.stopping.wait())
         try:
-            await asyncio.wait((start, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if start.done():
-                await start
-            return start.done()
+            await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
         finally:
-            start.cancel()
+            task.cancel()
             stopping.cancel()
-            await asyncio.wait((start, stopping))
+            await asyncio.wait((task, stopping))
 
 
 class StartView:
