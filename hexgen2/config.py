@@ -72,7 +72,7 @@ class KvConfig(Config):
     """The KV hand-off of one worker. Sizes are per rank."""
 
     transport: Literal["auto", "ucx", "tcp"] = Field(
-        "auto", description="auto is ucx where NIXL is installed, else tcp; the choice is logged"
+        "auto", description="auto is ucx within a machine or over RDMA where NIXL is installed, else tcp; it is logged"
     )
     host: str = Field("127.0.0.1", description="address that the KV plane binds and tells its peers (TCP transport)")
     send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker")

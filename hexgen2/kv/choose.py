@@ -6,11 +6,15 @@ from hexgen2.config import KvConfig
 from hexgen2.errors import ConfigError
 from hexgen2.kv.tcp import TcpTransport
 from hexgen2.kv.transport import Transport
-from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport
+from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport, has_rdma, is_loopback
 
 
 def transport_name(config: KvConfig) -> str:
-    """``ucx`` or ``tcp``; ``auto`` is ucx where NIXL is installed.
+    """``ucx`` or ``tcp``.
+
+    ``auto`` is ucx where NIXL is installed and a READ needs no help of the peer: on one machine (CMA, CUDA IPC) and
+    where there is RDMA. Elsewhere UCX would emulate it over TCP, where a reader that dies can take its peer with it
+    (``kv.ucx``), and plain TCP is as fast.
 
     Raises:
         ConfigError: ucx is asked for and NIXL is not installed.
@@ -19,7 +23,7 @@ def transport_name(config: KvConfig) -> str:
     if config.transport == "ucx" and not have_nixl:
         raise ConfigError("kv.transport: ucx needs NIXL; install nixl-cu12 (or nixl-cu13), or choose tcp")
     if config.transport == "auto":
-        return "ucx" if have_nixl else "tcp"
+        return "ucx" if have_nixl and (is_loopback(config.host) or has_rdma()) else "tcp"
     return config.transport
 
 

@@ -114,6 +114,8 @@ class Fetched(Message, frozen=True):
     num_pieces: int
     #: Seconds spent verifying (copy and digest), of the agent's own thread.
     verify_s: float
+    #: What carried it, for people: ``Transport.describe()`` after the last read.
+    transport_detail: str
 
 
 class Failed(Message, frozen=True):

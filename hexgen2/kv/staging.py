@@ -256,7 +256,11 @@ class Staging:
         recv.num_pieces += 1
         if recv.num_remaining:
             return ()
-        return (Fetched(recv.request.transfer_id, recv.num_bytes, recv.num_pieces, recv.verify_s),)
+        return (
+            Fetched(
+                recv.request.transfer_id, recv.num_bytes, recv.num_pieces, recv.verify_s, self.transport.describe()
+            ),
+        )
 
     def _fail(self, recvs: Iterable[_Recv], reason: Literal["corrupt", "lost"], detail: str) -> list[ToService]:
         messages: list[ToService] = []

@@ -68,7 +68,7 @@ class Transport(Protocol):
         """What a peer needs to read our send buffer. Opaque, stable after ``register``."""
 
     def describe(self) -> str:
-        """For people: the name and what is beneath it, e.g. ``ucx (tcp, shm)``."""
+        """For people: the name and what is beneath it, e.g. ``ucx (cma/memory)``; may know more after a read."""
 
     def read(self, endpoint: bytes, spans: Sequence[Span]) -> int:
         """Post one read of all spans and return its handle. Does not block on the network.

@@ -35,6 +35,7 @@ import numpy as np
 
 from hexgen2.errors import ConfigError
 from hexgen2.kv.transport import Span, TransportError, check_spans, merged
+from hexgen2.kv.ucx_log import ucx_logged
 
 if TYPE_CHECKING:
     import torch
@@ -85,12 +86,14 @@ class UcxTransport:
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         _prepare_environment(host)
-        api, self._errors, self._lost, self._version = _load_nixl()
-        # The name is new in every process, so that no peer takes a restarted one for its predecessor.
-        self._agent: Any = api.nixl_agent(
-            f"hexgen2-{os.getpid()}-{secrets.token_hex(8)}",
-            api.nixl_agent_config(enable_prog_thread=False, backends=_BACKENDS),
-        )
+        self._read_path: str | None = None
+        with ucx_logged() as self._log:
+            api, self._errors, self._lost, self._version = _load_nixl()
+            # The name is new in every process, so that no peer takes a restarted one for its predecessor.
+            self._agent: Any = api.nixl_agent(
+                f"hexgen2-{os.getpid()}-{secrets.token_hex(8)}",
+                api.nixl_agent_config(enable_prog_thread=False, backends=_BACKENDS),
+            )
         if "UCX" not in self._agent.backends:
             raise ConfigError("kv.transport: this build of NIXL has no UCX backend; choose tcp")
         self._registered: list[tuple[Any, torch.Tensor]] = []  # NIXL's descriptors keep no memory alive
@@ -123,11 +126,11 @@ class UcxTransport:
         return self._endpoint
 
     def describe(self) -> str:
-        """For people. UCX does not tell which of its transports it takes for a peer; its settings narrow it down."""
-        transports = os.environ.get("UCX_TLS", "all")
-        return (
-            f"ucx (NIXL {self._version}, transports {transports}, devices {os.environ.get('UCX_NET_DEVICES', 'all')})"
-        )
+        """For people: what carries our reads, as UCX tells after the first; until then what it may choose from."""
+        if self._read_path is not None:
+            return f"ucx ({self._read_path})"
+        transports, devices = os.environ.get("UCX_TLS", "all"), os.environ.get("UCX_NET_DEVICES", "all")
+        return f"ucx (NIXL {self._version}, transports {transports}, devices {devices})"
 
     def read(self, endpoint: bytes, spans: Sequence[Span]) -> int:
         """Post a read, greeting the peer first where it is new. In shared memory it is over on return."""
@@ -220,6 +223,8 @@ class UcxTransport:
             except self._errors as error:
                 raise TransportError(f"ucx: the peer cannot be reached: {error}") from error
             peer = _Peer(name.decode(), endpoint)
+            # Another peer may be reached in another way.
+            self._read_path = None
         self._peers[packed] = peer  # last in the order of use
         if peer.lost:
             raise TransportError("ucx: the peer is lost; reads of it are still ending")
@@ -241,6 +246,8 @@ class UcxTransport:
             return
         del self._reads[handle]
         self._peers[read.peer].num_open -= 1
+        if self._read_path is None or read.error is not None:
+            self._read_path = self._log.read_path()
         self._over.append((handle, read.error))
         self._forget_if_lost(read.peer)
 
@@ -271,7 +278,7 @@ def _prepare_environment(host: str) -> None:
     if not has_rdma():
         # UCX's InfiniBand module crashes the process at exit where there is nothing for it.
         os.environ.setdefault("UCX_MODULES", "^ib")
-    if _is_loopback(host) and Path("/sys/class/net/lo").exists():
+    if is_loopback(host) and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("UCX_NET_DEVICES", "lo")
 
 
@@ -281,7 +288,8 @@ def has_rdma() -> bool:
     return infiniband.is_dir() and any(infiniband.iterdir())
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is this machine's loopback."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from time import monotonic
 
+import structlog
 from opentelemetry import trace
 
 from hexgen2 import metrics
@@ -22,6 +23,7 @@ from hexgen2.kv.wire import num_chunks, prompt_sha256
 from hexgen2.worker.aio import PageQueue, uninterrupted
 from hexgen2.worker.prefill import FirstToken, Offer
 
+log = structlog.get_logger(__name__)
 tracer = trace.get_tracer("hexgen2")
 
 #: From the engine's first token to the last rank's word that its KV is loaded: a local message, long on its way.
@@ -73,6 +75,7 @@ class _Receiving:
         self.num_bytes = 0
         self.num_pieces = 0
         self.verify_s = 0.0
+        self.transport = ""
 
     def hear(self, rank: int, event: Event) -> None:
         match event:
@@ -80,6 +83,7 @@ class _Receiving:
                 self.num_bytes += event.num_bytes
                 self.num_pieces += event.num_pieces
                 self.verify_s = max(self.verify_s, event.verify_s)
+                self.transport = event.transport_detail
                 self.transfer.fetched(rank)
                 if self.transfer.state is RecvState.VERIFIED and not self.verified.done():
                     self.verified.set_result(None)
@@ -117,6 +121,7 @@ class DecodeWorker:
         self._ranks = ranks
         self._memory = memory
         self._fetch_kv = fetch_kv
+        self._transport = ""
 
     async def run(self, job: DecodeJob) -> AsyncGenerator[KvSummary | EngineOutput, None]:
         """The Decode call.
@@ -191,7 +196,7 @@ class DecodeWorker:
                 await asyncio.wait((follow,))
             hello = self._ranks.hellos[0]
             summary = KvSummary(
-                receiving.num_bytes, receiving.num_pieces, hello.transport_detail, "none", monotonic() - began
+                receiving.num_bytes, receiving.num_pieces, receiving.transport, "none", monotonic() - began
             )
             span.set_attributes(
                 {
@@ -206,6 +211,7 @@ class DecodeWorker:
         if first.finish_reason is None:
             metrics.KV_BYTES.labels(hello.transport, summary.codec, "received").inc(summary.num_bytes)
             metrics.KV_TRANSFER_SECONDS.observe(summary.seconds)
+            self._note_transport(hello.transport, summary.transport)
         return summary, first
 
     async def _follow(self, remote: RemoteKv, key: str, receiving: _Receiving) -> FirstToken:
@@ -243,6 +249,14 @@ class DecodeWorker:
         if first is None:
             raise Unavailable("prefill ended the transfer without a first token")
         return first
+
+    def _note_transport(self, name: str, detail: str) -> None:
+        """Say it whenever what carries the KV is not what it was, or was not known yet."""
+        if detail != self._transport:
+            self._transport = detail
+            metrics.KV_TRANSPORT_INFO.clear()
+            metrics.KV_TRANSPORT_INFO.labels(name, detail).set(1)
+            log.info("kv_transport", transport=detail)
 
     async def _confirm_loaded(self, receiving: _Receiving) -> None:
         try:

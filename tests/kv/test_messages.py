@@ -20,7 +20,7 @@ from hexgen2.kv.messages import (
 
 MESSAGES: list[ToService] = [
     Ready("t", (Piece(0, 1, 2, (1, 2**64 - 1)),)),
-    Fetched("t", 10, 2, 0.5),
+    Fetched("t", 10, 2, 0.5, "tcp"),
     Failed("t", "corrupt", "why"),
     Loaded("t"),
 ]
