@@ -7,7 +7,7 @@ makes no spans of ours: callers time what they see.
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from logging import WARNING
+from logging import ERROR, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,10 @@ class VllmEngine:
         self.max_model_len = self._llm.model_config.max_model_len
 
     def _build(self) -> Any:
+        adopt_logging(ERROR)  # what it says of Triton while it is imported is about GPUs
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        adopt_logging(WARNING)
         try:
             args = AsyncEngineArgs(**self._args)
             llm = AsyncLLM.from_engine_args(args, stat_loggers=[self._stats.factory])
@@ -73,7 +73,7 @@ class VllmEngine:
             raise ConfigError(f"vLLM cannot serve {self._config.model}: {_one_line(error)}") from error
         except RuntimeError as error:
             raise EngineFailed(f"vLLM did not start: {_one_line(error)} (see the log above)") from error
-        adopt_logging(WARNING)  # it has configured logging once more
+        adopt_logging(WARNING)
         return llm
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:

@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
+from hexgen2.engine.vllm_env import leave_at_once
 from hexgen2.engine.vllm_layout import DenseLayout, Layout, PackedLayout, check_exact, cpu_cache_write
 from hexgen2.engine.vllm_rank import RankKv
 from hexgen2.engine.vllm_sends import Load, Send, Sends
@@ -186,10 +187,11 @@ class HexgenConnector(KVConnectorBase_V1):
         return missing
 
     def shutdown(self) -> None:
-        """Stop this rank's agent."""
+        """vLLM is stopping: stop this rank's agent."""
         if self._rank is not None:
             self._rank.close()
             self._rank = None
+        leave_at_once()
 
     def _step(self) -> StepTransfers:
         step = self._get_connector_metadata()

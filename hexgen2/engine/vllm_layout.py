@@ -5,6 +5,7 @@ order of strides; on a CPU the last two dimensions are packed for the instructio
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -46,10 +47,12 @@ class DenseLayout:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
+        # All layers of a step ask for the same slots: copy them to the device once.
+        self._slots = lru_cache(maxsize=1024)(token_slots)
 
     def gather(self, cache: torch.Tensor, block_ids: Sequence[int], skip: int, num_tokens: int) -> torch.Tensor:
         """See ``Layout``."""
-        slots = token_slots(block_ids, self._block_size, skip, skip + num_tokens, cache.device)
+        slots = self._slots(tuple(block_ids), self._block_size, skip, skip + num_tokens, cache.device)
         tokens = cache[slots // cache.shape[2], :, slots % cache.shape[2]]
         return tokens.view(*tokens.shape[:2], 2, -1).permute(1, 2, 0, 3).contiguous()
 
