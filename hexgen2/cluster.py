@@ -1,0 +1,123 @@
+"""A cluster as the scheduler sees it: machines with GPUs, links inside and between them, prices. Frozen data.
+
+Read from ``cluster.yaml`` by ``cluster_file``; GPU types come from the catalog or are given by numbers.
+"""
+
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    """Base: unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GpuType(Part):
+    """One kind of GPU. Bandwidths are one way."""
+
+    name: str = Field(min_length=1)
+    flops: float = Field(gt=0, description="dense bf16 FLOP/s")
+    memory_bytes: int = Field(gt=0, description="as the driver reports it")
+    memory_bandwidth_bytes_per_s: float = Field(gt=0)
+    link: str = Field("pcie-4", description="link class by which it reaches its neighbours in a machine")
+    link_bandwidth_bytes_per_s: float = Field(gt=0, description="to its neighbours, one way")
+    link_latency_s: float = Field(ge=0)
+    price_per_hour: float | None = Field(None, ge=0, description="$/h")
+    efficiency: str = Field("", description="whose measured efficiencies it has; default: its own name's")
+
+
+class Machine(Part):
+    """GPUs that share a host and its network cards. ``gpus``: (type name, how many), each type once, sorted."""
+
+    name: str = Field(min_length=1)
+    site: str = "default"
+    gpus: tuple[tuple[str, int], ...]
+    intra_bandwidth_bytes_per_s: float = Field(gt=0, description="between two of its GPUs, one way")
+    intra_latency_s: float = Field(ge=0)
+    nic_bandwidth_bytes_per_s: float = Field(gt=0, description="of the machine to others, one way")
+    nic_latency_s: float = Field(ge=0)
+    price_per_hour: float | None = Field(None, ge=0, description="of the whole machine; default: its GPUs'")
+
+    @property
+    def num_gpus(self) -> int:
+        """All types together."""
+        return sum(count for _, count in self.gpus)
+
+
+class Link(Part):
+    """What two machines or two sites have between them instead of what their network cards allow. Symmetric."""
+
+    between: tuple[str, str]
+    bandwidth_bytes_per_s: float = Field(gt=0)
+    latency_s: float = Field(ge=0)
+
+
+class Cluster(Part):
+    """Machines, the GPU types that they use, and links that are not simply the slower of two network cards.
+
+    ``site_links`` name two sites, ``machine_links`` two machines (and win over the former).
+    """
+
+    name: str = "cluster"
+    gpu_types: tuple[GpuType, ...]
+    machines: tuple[Machine, ...]
+    site_links: tuple[Link, ...] = ()
+    machine_links: tuple[Link, ...] = ()
+
+    @cached_property
+    def num_gpus(self) -> int:
+        """In all machines."""
+        return sum(machine.num_gpus for machine in self.machines)
+
+    @cached_property
+    def _types(self) -> dict[str, GpuType]:
+        return {gpu.name: gpu for gpu in self.gpu_types}
+
+    @cached_property
+    def _links(self) -> dict[frozenset[str], Link]:
+        return {frozenset(link.between): link for link in self.machine_links}
+
+    @cached_property
+    def _sites(self) -> dict[frozenset[str], Link]:
+        return {frozenset(link.between): link for link in self.site_links}
+
+    def gpu_type(self, name: str) -> GpuType:
+        """By name; KeyError when no machine has it."""
+        return self._types[name]
+
+    def machine_price_per_hour(self, machine: Machine) -> float | None:
+        """$/h of a machine; None when any part of it has no price."""
+        if machine.price_per_hour is not None:
+            return machine.price_per_hour
+        prices = [(self.gpu_type(name).price_per_hour, count) for name, count in machine.gpus]
+        return None if any(price is None for price, _ in prices) else sum((p or 0.0) * n for p, n in prices)
+
+    @cached_property
+    def price_per_hour(self) -> float | None:
+        """$/h of everything; None when any machine has no price."""
+        prices = [self.machine_price_per_hour(machine) for machine in self.machines]
+        return None if any(price is None for price in prices) else sum(price or 0.0 for price in prices)
+
+    def bandwidth(self, one: Machine, other: Machine) -> float:
+        """Bytes/s one way between two machines, or between two GPUs of one machine."""
+        if one.name == other.name:
+            return one.intra_bandwidth_bytes_per_s
+        nic = min(one.nic_bandwidth_bytes_per_s, other.nic_bandwidth_bytes_per_s)
+        link = self._link(one, other)
+        return nic if link is None else min(nic, link.bandwidth_bytes_per_s)
+
+    def latency(self, one: Machine, other: Machine) -> float:
+        """Seconds one way between two machines, or between two GPUs of one machine."""
+        if one.name == other.name:
+            return one.intra_latency_s
+        link = self._link(one, other)
+        nic = max(one.nic_latency_s, other.nic_latency_s)
+        return nic if link is None else max(nic, link.latency_s)
+
+    def _link(self, one: Machine, other: Machine) -> Link | None:
+        found = self._links.get(frozenset((one.name, other.name)))
+        if found is None and one.site != other.site:
+            found = self._sites.get(frozenset((one.site, other.site)))
+        return found

@@ -1,0 +1,352 @@
+"""What a replica's step costs: seconds of prefill and decode, bytes of weights and KV, requests per second.
+
+A replica is a row of pipeline stages, each a tensor-parallel group of one GPU type (paper, section 3.2). A stage's step
+takes the longer of its GPUs' kernels and its host's launching of them. Pure; answers are kept by composition.
+
+    >>> round(prefill_seconds("llama-2-70b", "H100-SXM", tensor_parallel_size=4, prompt_tokens=2048), 1)
+    0.2
+    >>> kv_bytes("llama-2-70b", 1)
+    327680
+"""
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hexgen2 import llm as llms
+from hexgen2.cluster import GpuType
+from hexgen2.cluster_file import catalog_gpu
+from hexgen2.llm import Llm
+from hexgen2.scheduler.efficiency import Engine, engine
+from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Kernels, Numbers
+from hexgen2.workload import LengthClass, Workload
+
+#: Of the driver's memory an engine may use so much, as vLLM's ``gpu_memory_utilization`` has it.
+MEMORY_UTILIZATION = 0.9
+#: CUDA context, activations and graphs, per GPU.
+OVERHEAD_BYTES = 1_000_000_000
+#: Registered memory of the KV hand-off per GPU (``KvConfig``: staging and landing, or the send buffer).
+STAGING_BYTES = 320 << 20
+
+
+class Stage(NamedTuple):
+    """A pipeline stage: ``num_layers`` on ``tensor_parallel_size`` GPUs of one type, and its links (bytes/s, s)."""
+
+    gpu: str
+    tensor_parallel_size: int
+    num_layers: int
+    #: Between the GPUs of this stage.
+    tp_bandwidth_bytes_per_s: float
+    tp_latency_s: float
+    #: To the next stage; of no meaning in the last one.
+    next_bandwidth_bytes_per_s: float = math.inf
+    next_latency_s: float = 0.0
+
+
+Stages = tuple[Stage, ...]
+
+
+class DecodeRate(NamedTuple):
+    """Requests per second, with how many in flight, and the time per output token that each then sees."""
+
+    rate: float
+    batch: int
+    tpot_s: float
+
+
+class CostModel:
+    """Costs of replicas of one model under one workload. Answers are remembered by their stages.
+
+    ``gpu_types`` are the kinds of GPU that stages may name.
+    """
+
+    def __init__(
+        self,
+        llm: Llm,
+        workload: Workload,
+        gpu_types: Iterable[GpuType],
+        profile: Engine | None = None,
+        staging_bytes: int = STAGING_BYTES,
+    ) -> None:
+        self.llm = llm
+        self.workload = workload
+        self.gpus = {gpu.name: gpu for gpu in gpu_types}
+        self.engine = profile or engine()
+        self.staging_bytes = staging_bytes
+        #: KV of one token, all layers.
+        self.kv_bytes_per_token = llm.kv_bytes_per_token
+        #: KV that a mean prompt carries from prefill to decode.
+        self.kv_bytes_per_request = llm.kv_bytes_per_token * workload.mean_prompt_tokens
+        self._prompts = np.array([point.prompt_tokens for point in workload.lengths], float)
+        self._weights = np.array([point.weight for point in workload.lengths])
+        # Short prompts share a step up to its budget of tokens.
+        budget = self.engine.max_num_batched_tokens
+        self._together = np.clip(np.floor(budget / self._prompts), 1, self.engine.max_num_seqs)
+        self._longest = max(point.prompt_tokens + point.output_tokens for point in workload.lengths)
+        self._batches = batch_grid(self.engine.max_num_seqs)
+        self._kernels: dict[tuple[str, int, float, float], _Tables] = {}
+        self._prefill_rates: dict[Stages, float] = {}
+        self._decode_rates: dict[Stages, DecodeRate] = {}
+
+    def prefill_s(self, stages: Stages, prompt_tokens: float, batch: int = 1) -> float:
+        """Seconds from the start of a step with ``batch`` prompts to their first tokens, all stages in turn."""
+        total = 0.0
+        for number, stage in enumerate(stages):
+            kernels = self._tables(stage).kernels
+            gpu = stage.num_layers * float(kernels.prefill_layer_s(prompt_tokens, batch))
+            if number == len(stages) - 1:
+                gpu += float(kernels.head_s(batch))
+            total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, prompt_tokens * batch)
+        return total
+
+    def decode_step_s(self, stages: Stages, batch: int, context_tokens: float) -> float:
+        """Seconds of one token for each of ``batch`` requests with ``context_tokens`` cached, all stages in turn."""
+        total = 0.0
+        for number, stage in enumerate(stages):
+            kernels = self._tables(stage).kernels
+            gpu = stage.num_layers * float(kernels.decode_layer_s(batch, context_tokens))
+            if number == len(stages) - 1:
+                gpu += float(kernels.head_s(batch))
+            total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, batch)
+        return total
+
+    def weight_bytes_per_gpu(self, stages: Stages, number: int) -> float:
+        """Of stage ``number``: its layers, the embedding in the first and the head in the last."""
+        llm, stage = self.llm, stages[number]
+        ends = (number == 0) + (number == len(stages) - 1)
+        if len(stages) == 1 and llm.tie_word_embeddings:
+            ends = 1
+        return (stage.num_layers * llm.layer_bytes + ends * llm.embedding_bytes) / stage.tensor_parallel_size
+
+    def usable_bytes(self, gpu: str) -> float:
+        """Memory of one GPU for weights and KV."""
+        return self.gpus[gpu].memory_bytes * MEMORY_UTILIZATION - OVERHEAD_BYTES - self.staging_bytes
+
+    def kv_tokens(self, stages: Stages) -> float:
+        """Tokens whose KV fits beside the weights, in the stage that has least room; negative when these do not fit."""
+        llm = self.llm
+        least = math.inf
+        for number, stage in enumerate(stages):
+            if not llm.allows_tensor_parallel_size(stage.tensor_parallel_size):
+                return -math.inf
+            room = self.usable_bytes(stage.gpu) - self.weight_bytes_per_gpu(stages, number)
+            share = min(stage.tensor_parallel_size, llm.num_kv_heads)
+            least = min(least, room / (stage.num_layers * llm.kv_bytes_per_token_layer / share))
+        return least
+
+    def fits(self, stages: Stages) -> bool:
+        """Whether weights and the longest request of the workload fit."""
+        return self.kv_tokens(stages) >= self._longest
+
+    def max_batch(self, stages: Stages) -> int:
+        """Requests of mean context whose KV fits at once; 0 when the model does not fit."""
+        if not self.fits(stages):
+            return 0
+        return int(self.kv_tokens(stages) / self.workload.mean_context_tokens)
+
+    def prefill_latency_s(self, stages: Stages) -> float:
+        """Mean seconds to the first token of a request that is alone."""
+        weights = zip(self._prompts, self._weights, strict=True)
+        return sum(float(weight) * self.prefill_s(stages, float(prompt)) for prompt, weight in weights)
+
+    def prefill_rate(self, stages: Stages) -> float:
+        """Prompts per second: one over the mean time that the busiest stage, or link between stages, gives to one.
+
+        The mean of the time over the lengths, never the time of the mean length. 0 when the model does not fit.
+        """
+        found = self._prefill_rates.get(stages)
+        if found is None:
+            found = self._prefill_rates[stages] = self._prefill_rate(stages)
+        return found
+
+    def decode_rate(self, stages: Stages) -> DecodeRate:
+        """The highest rate of whole answers within memory and the workload's limit of time per token; 0 if none is."""
+        found = self._decode_rates.get(stages)
+        if found is None:
+            found = self._decode_rates[stages] = self._decode_rate(stages)
+        return found
+
+    def _prefill_rate(self, stages: Stages) -> float:
+        if not self.fits(stages):
+            return 0.0
+        busiest = 0.0
+        for number, stage in enumerate(stages):
+            tables = self._tables(stage)
+            gpu = stage.num_layers * tables.prefill_layer_s
+            if number == len(stages) - 1:
+                gpu = gpu + tables.prefill_head_s
+            host = self.engine.host(stage.gpu)
+            launch = host.step_s + host.layer_s * stage.num_layers + host.request_s * self._together
+            busiest = max(busiest, float(self._weights @ (np.maximum(gpu, launch) / self._together)))
+            hop = self._hop_s(stages, number, self.workload.mean_prompt_tokens)
+            busiest = max(busiest, hop)
+        return 1.0 / busiest
+
+    def _decode_rate(self, stages: Stages) -> DecodeRate:
+        limit = self.max_batch(stages)
+        if limit < 1:
+            return DecodeRate(0.0, 0, 0.0)
+        # Seconds of each stage for every size of a micro-batch on the grid.
+        times = np.zeros((len(stages), len(self._batches)))
+        hops = np.zeros_like(times)
+        for number, stage in enumerate(stages):
+            tables = self._tables(stage)
+            gpu = stage.num_layers * tables.decode_layer_s
+            if number == len(stages) - 1:
+                gpu = gpu + tables.decode_head_s
+            host = self.engine.host(stage.gpu)
+            launch = host.step_s + host.layer_s * stage.num_layers + host.request_s * self._batches
+            times[number] = np.maximum(gpu, launch)
+            hops[number] = self._hop_s(stages, number, self._batches)
+        through, slowest = (times + hops).sum(axis=0), np.maximum(times, hops).max(axis=0)
+        best = DecodeRate(0.0, 0, 0.0)
+        for micro_batches in {1, len(stages)}:
+            interval = np.maximum(through, micro_batches * slowest)
+            in_flight = micro_batches * self._batches
+            allowed = in_flight <= limit
+            if self.workload.tpot_s is not None:
+                allowed &= interval <= self.workload.tpot_s
+            # An answer of one token never reaches decode; the mean is kept above zero for workloads of only those.
+            rates = np.where(allowed, in_flight / (max(self.workload.mean_decode_tokens, 1e-9) * interval), 0.0)
+            top = int(np.argmax(rates))
+            if rates[top] > best.rate:
+                best = DecodeRate(float(rates[top]), int(in_flight[top]), float(interval[top]))
+        return best
+
+    def _tables(self, stage: Stage) -> "_Tables":
+        key = stage[:2] + stage[3:5]
+        found = self._kernels.get(key)  # type: ignore[arg-type]
+        if found is None:
+            kernels = Kernels(
+                self.llm,
+                self.gpus[stage.gpu],
+                self.engine,
+                stage.tensor_parallel_size,
+                stage.tp_bandwidth_bytes_per_s,
+                stage.tp_latency_s,
+            )
+            found = self._kernels[key] = _Tables(  # type: ignore[index]
+                kernels,
+                kernels.prefill_layer_s(self._prompts, self._together),
+                kernels.head_s(self._together),
+                kernels.decode_layer_s(self._batches, self.workload.mean_context_tokens),
+                kernels.head_s(self._batches),
+            )
+        return found
+
+    def _host_s(self, stage: Stage, batch: float) -> float:
+        host = self.engine.host(stage.gpu)
+        return host.step_s + host.layer_s * stage.num_layers + host.request_s * batch
+
+    def _hop_s(self, stages: Stages, number: int, tokens: Any) -> Any:
+        """Hidden states of ``tokens`` from stage ``number`` to the next; nothing after the last."""
+        if number == len(stages) - 1:
+            return 0.0
+        stage = stages[number]
+        payload = tokens * self.llm.hidden_size * ACTIVATION_BYTES
+        return stage.next_latency_s + payload / stage.next_bandwidth_bytes_per_s
+
+
+class _Tables(NamedTuple):
+    """Kernel times over the workload's prompts and over the grid of batches."""
+
+    kernels: Kernels
+    prefill_layer_s: Numbers
+    prefill_head_s: Numbers
+    decode_layer_s: Numbers
+    decode_head_s: Numbers
+
+
+@lru_cache(maxsize=8)
+def batch_grid(largest: int) -> Numbers:
+    """Batch sizes to choose from: all to 32, then steps of about 3 %, up to ``largest``."""
+    sizes = list(range(1, min(largest, 32) + 1))
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * 1.03))))
+    return np.array(sizes, float)
+
+
+def even_stages(llm: Llm, gpu: GpuType, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> Stages:
+    """Stages of one GPU type in one machine, layers spread evenly, the type's own link between all."""
+    bandwidth, latency = gpu.link_bandwidth_bytes_per_s, gpu.link_latency_s
+    fewest, more = divmod(llm.num_layers, pipeline_parallel_size)
+    return tuple(
+        Stage(gpu.name, tensor_parallel_size, fewest + (n < more), bandwidth, latency, bandwidth, latency)
+        for n in range(pipeline_parallel_size)
+    )
+
+
+def _setting(
+    model: str | Llm, gpu: str | GpuType, tensor_parallel_size: int, pipeline_parallel_size: int, profile: str | None
+) -> tuple[CostModel, Stages]:
+    llm = llms.find(model) if isinstance(model, str) else model
+    kind = catalog_gpu(gpu) if isinstance(gpu, str) else gpu
+    one = Workload(lengths=(LengthClass(prompt_tokens=1, output_tokens=1, weight=1.0),))
+    chosen = engine(profile) if profile else engine()
+    stages = even_stages(llm, kind, tensor_parallel_size, pipeline_parallel_size)
+    return CostModel(llm, one, (kind,), chosen), stages
+
+
+def prefill_seconds(
+    model: str | Llm,
+    gpu: str | GpuType,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    prompt_tokens: int,
+    batch: int = 1,
+    engine: str | None = None,
+) -> float:
+    """Seconds until ``batch`` prompts of ``prompt_tokens`` each, in one step, have their first tokens.
+
+    ``model`` and ``gpu`` are catalog names or objects; ``engine`` names a profile. Unknown names raise ConfigError.
+    """
+    costs, stages = _setting(model, gpu, tensor_parallel_size, pipeline_parallel_size, engine)
+    return costs.prefill_s(stages, prompt_tokens, batch)
+
+
+def decode_step_seconds(
+    model: str | Llm,
+    gpu: str | GpuType,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    batch: int = 1,
+    context_tokens: float,
+    engine: str | None = None,
+) -> float:
+    """Seconds of one decode step: one token for each of ``batch`` requests with ``context_tokens`` cached each."""
+    costs, stages = _setting(model, gpu, tensor_parallel_size, pipeline_parallel_size, engine)
+    return costs.decode_step_s(stages, batch, context_tokens)
+
+
+def kv_bytes(model: str | Llm, tokens: int, batch: int = 1) -> int:
+    """Bytes of keys and values of ``batch`` requests with ``tokens`` each, all layers and heads."""
+    llm = llms.find(model) if isinstance(model, str) else model
+    return llm.kv_bytes_per_token * tokens * batch
+
+
+def memory_bytes(
+    model: str | Llm,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    batch: int = 1,
+    tokens: int = 0,
+) -> float:
+    """Bytes that the fullest GPU of a replica needs: weights, KV of ``batch`` requests of ``tokens``, overheads.
+
+    Compare with 0.9 of what the driver reports (``MEMORY_UTILIZATION``).
+    """
+    llm = llms.find(model) if isinstance(model, str) else model
+    costs, stages = _setting(llm, "H100-SXM", tensor_parallel_size, pipeline_parallel_size, None)
+    share = min(tensor_parallel_size, llm.num_kv_heads)
+    kv = batch * tokens * llm.kv_bytes_per_token_layer / share
+    return (
+        OVERHEAD_BYTES
+        + STAGING_BYTES
+        + max(costs.weight_bytes_per_gpu(stages, number) + stage.num_layers * kv for number, stage in enumerate(stages))
+    )

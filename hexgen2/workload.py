@@ -1,0 +1,59 @@
+"""What users ask of the model: a distribution of prompt and answer lengths, a rate, and how fast answers must be.
+
+A distribution is a table of equally treated weighted points, quantile by quantile of a trace: frozen figures, no trace.
+"""
+
+from functools import cached_property
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class LengthClass(BaseModel):
+    """A point of the distribution: ``weight`` of all requests have so many prompt and answer tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1)
+    weight: float = Field(gt=0)
+
+
+class Workload(BaseModel):
+    """Lengths, rate and limits. Weights sum to one (made so when built)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "workload"
+    lengths: tuple[LengthClass, ...] = Field(min_length=1)
+    rate: float | None = Field(None, gt=0, description="requests per second that are asked; None: as many as possible")
+    ttft_s: float | None = Field(None, gt=0, description="limit of the time to first token")
+    tpot_s: float | None = Field(None, gt=0, description="limit of the time per output token after the first")
+
+    @model_validator(mode="after")
+    def _normalise(self) -> "Workload":
+        total = sum(point.weight for point in self.lengths)
+        if abs(total - 1.0) > 1e-9:
+            scaled = tuple(point.model_copy(update={"weight": point.weight / total}) for point in self.lengths)
+            object.__setattr__(self, "lengths", scaled)
+        return self
+
+    @cached_property
+    def mean_prompt_tokens(self) -> float:
+        """E[s]."""
+        return sum(point.weight * point.prompt_tokens for point in self.lengths)
+
+    @cached_property
+    def mean_output_tokens(self) -> float:
+        """E[o]."""
+        return sum(point.weight * point.output_tokens for point in self.lengths)
+
+    @cached_property
+    def mean_decode_tokens(self) -> float:
+        """E[o - 1]: prefill makes the first token."""
+        return self.mean_output_tokens - 1.0
+
+    @cached_property
+    def mean_context_tokens(self) -> float:
+        """E[o (s + o/2)] / E[o]: the context of a request met in decode, which long answers fill for longer."""
+        total = sum(p.weight * p.output_tokens * (p.prompt_tokens + p.output_tokens / 2) for p in self.lengths)
+        return total / self.mean_output_tokens
