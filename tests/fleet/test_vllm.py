@@ -14,8 +14,10 @@ import pytest_asyncio
 
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.engine.base import Sampling
+from hexgen2.rpc.server import GrpcServer
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
-from tests.fleet.harness import DEADLINE_S, GREEDY, LENGTH, STOP, Running, running, smollm2
+from tests.fleet.harness import DEADLINE_S, GREEDY, LENGTH, STOP, Peer, Running, running, smollm2
+from tests.worker.pair import Pair
 
 pytestmark = pytest.mark.vllm
 
@@ -29,6 +31,10 @@ async def fleet(request: pytest.FixtureRequest) -> AsyncIterator[Running]:
     config = FleetConfig.model_validate({"engine": engine, "kv": {"transport": request.param}})
     async with running(config) as up:
         yield up
+
+
+#: For what does not depend on the transport.
+over_ucx = pytest.mark.parametrize("fleet", ["ucx"], indirect=True)
 
 
 def prompt_of(num_tokens: int, seed: int) -> list[int]:
@@ -115,6 +121,60 @@ async def test_swapped_transfers_are_refused(fleet: Running) -> None:
     await fleet.settled()
 
 
+async def outcome(call: Any) -> tuple[grpc.StatusCode, str, int]:
+    """Status, its message, and how many messages came before it."""
+    num = 0
+    try:
+        async for _ in call:
+            num += 1
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or "", num
+    return grpc.StatusCode.OK, "", num
+
+
+class Meddler(prefill_pb2_grpc.PrefillServicer):
+    """Between prefill and decode on the control channel: passes FetchKv on, with one small change."""
+
+    def __init__(self, channel: grpc.aio.Channel, change: str) -> None:
+        self._stub = prefill_pb2_grpc.PrefillStub(channel)
+        self._change = change
+
+    def Prefill(self, request: Any, context: Any) -> Any:
+        raise NotImplementedError("Prefill calls go to the worker itself")
+
+    async def FetchKv(
+        self, request: prefill_pb2.FetchKvRequest, context: Any
+    ) -> AsyncIterator[prefill_pb2.FetchKvResponse]:
+        changed = False
+        async for response in self._stub.FetchKv(request, timeout=DEADLINE_S):
+            if self._change == "bytes" and response.HasField("header"):
+                # Bytes from one word further on: what is read is not what was digested.
+                response.header.ranks[0].page_offsets[0] += 4
+            if self._change == "digest" and response.HasField("pieces") and not changed:
+                response.pieces.pieces[0].digests[0] ^= 1 << 17
+                changed = True
+            yield response
+
+
+@pytest.mark.parametrize("change", ["bytes", "digest"])
+async def test_kv_that_is_not_what_was_digested_is_refused_and_never_served(fleet: Running, change: str) -> None:
+    prompt = prompt_of(100, seed=25)
+    between = GrpcServer("127.0.0.1:0")
+    meddler = Meddler(fleet.workers["prefill-0"].channel, change)
+    between.add(prefill_pb2_grpc.add_PrefillServicer_to_server, meddler, "hexgen2.v1.Prefill")
+    address = await between.start()
+    transfer = fleet.pair.transfer()
+    prefill = fleet.pair.start_prefill(transfer, prompt, GREEDY)
+    deceived = Pair(Peer(address, fleet.workers["prefill-0"].channel), fleet.workers["decode-0"])
+    code, details, served = await outcome(deceived.start_decode(transfer, prompt, GREEDY))
+    assert (code, served) == (grpc.StatusCode.DATA_LOSS, 0)
+    assert "digest mismatch" in details
+    prefill.cancel()
+    await between.stop(0.0)
+    await fleet.settled()
+
+
+@over_ucx
 async def test_ends_that_need_no_decode(fleet: Running) -> None:
     prompt = prompt_of(40, seed=30)
     first, second = (await fleet.colocated(prompt, GREEDY))[:2]
@@ -129,6 +189,7 @@ async def test_ends_that_need_no_decode(fleet: Running) -> None:
     await fleet.settled()
 
 
+@over_ucx
 async def test_a_stop_text_in_the_first_token(fleet: Running) -> None:
     prompt = prompt_of(40, seed=31)
     whole = await fleet.ask(prompt, replace(GREEDY, max_tokens=1))
@@ -138,6 +199,7 @@ async def test_a_stop_text_in_the_first_token(fleet: Running) -> None:
     await fleet.settled()
 
 
+@over_ucx
 async def test_min_tokens_holds_the_end_back_across_the_hand_over(fleet: Running) -> None:
     prompt = prompt_of(40, seed=32)
     stops = tuple(dict.fromkeys(await fleet.colocated(prompt, GREEDY)))
@@ -147,6 +209,7 @@ async def test_min_tokens_holds_the_end_back_across_the_hand_over(fleet: Running
     assert answer.tokens == await fleet.colocated(prompt, sampling)
 
 
+@over_ucx
 async def test_penalties_are_served_by_one_engine(fleet: Running) -> None:
     prompt = prompt_of(40, seed=33)
     sampling = replace(GREEDY, repetition_penalty=1.3)
@@ -156,6 +219,7 @@ async def test_penalties_are_served_by_one_engine(fleet: Running) -> None:
     assert answer.last.timing.decode_replica_id == "decode-0"
 
 
+@over_ucx
 async def test_logprobs_of_all_tokens_are_those_of_one_engine(fleet: Running) -> None:
     prompt = prompt_of(40, seed=34)
     sampling = replace(GREEDY, max_tokens=4, logprobs=2)
@@ -168,6 +232,7 @@ async def test_logprobs_of_all_tokens_are_those_of_one_engine(fleet: Running) ->
     assert told(handed) == told(alone)
 
 
+@over_ucx
 @pytest.mark.parametrize("leave", ["at once", "first token", "decoding"])
 async def test_a_client_that_leaves_frees_everything(fleet: Running, leave: str) -> None:
     call = fleet.start(prompt_of(900, seed=40), replace(GREEDY, max_tokens=400))
@@ -185,6 +250,7 @@ async def test_a_client_that_leaves_frees_everything(fleet: Running, leave: str)
     assert (await fleet.ask(prompt, GREEDY)).tokens == await fleet.colocated(prompt, GREEDY)
 
 
+@over_ucx
 async def test_paris_over_http(fleet: Running) -> None:
     async with httpx.AsyncClient(base_url=f"http://{fleet.fleet.http_address}", timeout=60.0) as client:
         body = {
@@ -197,6 +263,7 @@ async def test_paris_over_http(fleet: Running) -> None:
         assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+@over_ucx
 async def test_a_killed_coordinator_fails_no_request(fleet: Running) -> None:
     prompts = [prompt_of(200, seed=50 + i) for i in range(4)]
     alone = [await fleet.colocated(prompt, GREEDY) for prompt in prompts]
@@ -212,6 +279,7 @@ async def test_a_killed_coordinator_fails_no_request(fleet: Running) -> None:
     assert (await fleet.ask(prompts[0], GREEDY)).tokens == alone[0]
 
 
+@over_ucx
 async def test_a_killed_prefill_or_decode_is_told_to_the_client(fleet: Running) -> None:
     """Last: the fleet is broken afterwards."""
     prompt = prompt_of(300, seed=60)
