@@ -88,6 +88,7 @@ class CostModel:
         self._longest = max(point.prompt_tokens + point.output_tokens for point in workload.lengths)
         self._batches = batch_grid(self.engine.max_num_seqs)
         self._kernels: dict[tuple[str, int, float, float], _Tables] = {}
+        self._stage_parts: dict[tuple[Any, bool, bool], _Part] = {}
         self._prefill_rates: dict[Stages, float] = {}
         self._decode_rates: dict[Stages, DecodeRate] = {}
 
@@ -100,7 +101,7 @@ class CostModel:
             if number == len(stages) - 1:
                 gpu += float(kernels.head_s(batch))
             total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, prompt_tokens * batch)
-        return total
+        return total + self.engine.prefill_s
 
     def decode_step_s(self, stages: Stages, batch: int, context_tokens: float) -> float:
         """Seconds of one token for each of ``batch`` requests with ``context_tokens`` cached, all stages in turn."""
@@ -127,15 +128,7 @@ class CostModel:
 
     def kv_tokens(self, stages: Stages) -> float:
         """Tokens whose KV fits beside the weights, in the stage that has least room; negative when these do not fit."""
-        llm = self.llm
-        least = math.inf
-        for number, stage in enumerate(stages):
-            if not llm.allows_tensor_parallel_size(stage.tensor_parallel_size):
-                return -math.inf
-            room = self.usable_bytes(stage.gpu) - self.weight_bytes_per_gpu(stages, number)
-            share = min(stage.tensor_parallel_size, llm.num_kv_heads)
-            least = min(least, room / (stage.num_layers * llm.kv_bytes_per_token_layer / share))
-        return least
+        return min(part.kv_tokens for part in self._parts(stages))
 
     def fits(self, stages: Stages) -> bool:
         """Whether weights and the longest request of the workload fit."""
@@ -149,8 +142,8 @@ class CostModel:
 
     def prefill_latency_s(self, stages: Stages) -> float:
         """Mean seconds to the first token of a request that is alone."""
-        weights = zip(self._prompts, self._weights, strict=True)
-        return sum(float(weight) * self.prefill_s(stages, float(prompt)) for prompt, weight in weights)
+        hops = sum(self._hop_s(stages, number, self.workload.mean_prompt_tokens) for number in range(len(stages)))
+        return sum(part.prefill_alone_s for part in self._parts(stages)) + float(hops)
 
     def prefill_rate(self, stages: Stages) -> float:
         """Prompts per second: one over the mean time that the busiest stage, or link between stages, gives to one.
@@ -172,36 +165,21 @@ class CostModel:
     def _prefill_rate(self, stages: Stages) -> float:
         if not self.fits(stages):
             return 0.0
-        busiest = 0.0
-        for number, stage in enumerate(stages):
-            tables = self._tables(stage)
-            gpu = stage.num_layers * tables.prefill_layer_s
-            if number == len(stages) - 1:
-                gpu = gpu + tables.prefill_head_s
-            host = self.engine.host(stage.gpu)
-            launch = host.step_s + host.layer_s * stage.num_layers + host.request_s * self._together
-            busiest = max(busiest, float(self._weights @ (np.maximum(gpu, launch) / self._together)))
-            hop = self._hop_s(stages, number, self.workload.mean_prompt_tokens)
-            busiest = max(busiest, hop)
-        return 1.0 / busiest
+        busiest = max(part.prefill_busy_s for part in self._parts(stages))
+        hops = (self._hop_s(stages, number, self.workload.mean_prompt_tokens) for number in range(len(stages)))
+        return float(1.0 / max(busiest, *hops))
 
     def _decode_rate(self, stages: Stages) -> DecodeRate:
         limit = self.max_batch(stages)
         if limit < 1:
             return DecodeRate(0.0, 0, 0.0)
-        # Seconds of each stage for every size of a micro-batch on the grid.
-        times = np.zeros((len(stages), len(self._batches)))
-        hops = np.zeros_like(times)
-        for number, stage in enumerate(stages):
-            tables = self._tables(stage)
-            gpu = stage.num_layers * tables.decode_layer_s
-            if number == len(stages) - 1:
-                gpu = gpu + tables.decode_head_s
-            host = self.engine.host(stage.gpu)
-            launch = host.step_s + host.layer_s * stage.num_layers + host.request_s * self._batches
-            times[number] = np.maximum(gpu, launch)
-            hops[number] = self._hop_s(stages, number, self._batches)
-        through, slowest = (times + hops).sum(axis=0), np.maximum(times, hops).max(axis=0)
+        # Seconds for every size of a micro-batch on the grid, all stages in turn and in the slowest of them.
+        through, slowest = np.zeros_like(self._batches), np.zeros_like(self._batches)
+        for number, part in enumerate(self._parts(stages)):
+            through, slowest = through + part.decode_s, np.maximum(slowest, part.decode_s)
+            if number < len(stages) - 1:
+                hop = self._hop_s(stages, number, self._batches)
+                through, slowest = through + hop, np.maximum(slowest, hop)
         best = DecodeRate(0.0, 0, 0.0)
         for micro_batches in {1, len(stages)}:
             interval = np.maximum(through, micro_batches * slowest)
@@ -215,6 +193,38 @@ class CostModel:
             if rates[top] > best.rate:
                 best = DecodeRate(float(rates[top]), int(in_flight[top]), float(interval[top]))
         return best
+
+    def _parts(self, stages: Stages) -> "list[_Part]":
+        """What each stage costs by itself: the same stages return in very many replicas, so this is remembered."""
+        last = len(stages) - 1
+        parts = []
+        for number, stage in enumerate(stages):
+            key = (stage[:5], number == 0, number == last)
+            part = self._stage_parts.get(key)
+            if part is None:
+                part = self._stage_parts[key] = self._part(stages, number)
+            parts.append(part)
+        return parts
+
+    def _part(self, stages: Stages, number: int) -> "_Part":
+        stage, llm = stages[number], self.llm
+        if not llm.allows_tensor_parallel_size(stage.tensor_parallel_size):
+            return _Part(-math.inf, math.inf, math.inf, np.full_like(self._batches, math.inf))
+        room = self.usable_bytes(stage.gpu) - self.weight_bytes_per_gpu(stages, number)
+        share = min(stage.tensor_parallel_size, llm.num_kv_heads)
+        tables, host, last = self._tables(stage), self.engine.host(stage.gpu), number == len(stages) - 1
+        launch = host.step_s + host.layer_s * stage.num_layers
+        together = stage.num_layers * tables.prefill_layer_s + tables.prefill_head_s * last
+        together = np.maximum(together, launch + host.request_s * self._together)
+        alone = stage.num_layers * tables.kernels.prefill_layer_s(self._prompts, 1) + tables.kernels.head_s(1) * last
+        alone = np.maximum(alone, launch + host.request_s)
+        decode = stage.num_layers * tables.decode_layer_s + tables.decode_head_s * last
+        return _Part(
+            kv_tokens=room / (stage.num_layers * llm.kv_bytes_per_token_layer / share),
+            prefill_busy_s=float(self._weights @ (together / self._together)),
+            prefill_alone_s=float(self._weights @ alone),
+            decode_s=np.maximum(decode, launch + host.request_s * self._batches),
+        )
 
     def _tables(self, stage: Stage) -> "_Tables":
         key = stage[:2] + stage[3:5]
@@ -248,6 +258,15 @@ class CostModel:
         stage = stages[number]
         payload = tokens * self.llm.hidden_size * ACTIVATION_BYTES
         return stage.next_latency_s + payload / stage.next_bandwidth_bytes_per_s
+
+
+class _Part(NamedTuple):
+    """What one stage costs: tokens of KV it holds, seconds per prompt when busy and when alone, per decode batch."""
+
+    kv_tokens: float
+    prefill_busy_s: float
+    prefill_alone_s: float
+    decode_s: Numbers
 
 
 class _Tables(NamedTuple):

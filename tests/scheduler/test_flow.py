@@ -51,9 +51,7 @@ def test_a_flow_keeps_capacities_conserves_and_equals_its_cut(network: Network) 
 def test_the_cheapest_flow_costs_what_networkx_finds(network: Network) -> None:
     graph = nx.MultiDiGraph()
     graph.add_nodes_from(range(network.num_nodes))
-    for tail, head, capacity, cost in zip(
-        network.tails, network.heads, network.capacities, network.costs, strict=True
-    ):
+    for tail, head, capacity, cost in zip(network.tails, network.heads, network.capacities, network.costs, strict=True):
         graph.add_edge(tail, head, capacity=capacity, weight=cost)
     flow = cheapest_max_flow(network)
     graph.nodes[network.source]["demand"] = -flow.value

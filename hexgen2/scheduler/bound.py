@@ -1,0 +1,119 @@
+"""An upper bound on any plan's flow: the configuration program, linear or with integers, solved by HiGHS.
+
+A *column* is a composition of a group with the best rates that any strategy reaches on it over ideal links. How many
+groups of each column to have, in each role, so that the flow is largest, is a small linear program: every plan whose
+groups are among the columns is one of its integer points, so its optimum is never below the best plan. What it
+leaves out (which machine a group stands on, KV links) only lowers a plan's flow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import frexp
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_matrix
+
+from hexgen2.scheduler.fabric import Composition
+
+#: HiGHS ends its branch and bound by a count, never by the clock.
+NODE_LIMIT = 4000
+
+#: Solvers' answers are right to about 1e-7 of the coefficients; a bound must not fall below the truth by that.
+SLACK = 1.0 + 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A group's composition in a site and its best rates in requests per second; zero where it cannot have the role."""
+
+    site: str
+    composition: Composition
+    prefill_rps: float
+    decode_rps: float
+    colocated_rps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """``rps``: no plan's flow exceeds it. Per column, how many prefill, decode and colocated groups reach it."""
+
+    rps: float
+    method: str
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    colocated: tuple[float, ...]
+
+
+def lp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int]) -> Bound:
+    """The bound with fractions of groups allowed. ``supply``: GPUs of each (site, kind)."""
+    program = _Program(columns, supply)
+    solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=(0, None), method="highs-ds")
+    if solved.status != 0:
+        raise ValueError(f"no bound: {solved.message}")
+    return program.bound(-float(solved.fun), solved.x, "LP")
+
+
+def milp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int], node_limit: int = NODE_LIMIT) -> Bound:
+    """The bound with whole groups: tighter on small clusters. Valid also when HiGHS stops before its optimum."""
+    program = _Program(columns, supply)
+    whole = np.ones(program.cost.size)
+    whole[-1] = 0
+    solved = milp(
+        program.cost,
+        constraints=LinearConstraint(program.rows, ub=program.limits),
+        integrality=whole,
+        bounds=Bounds(0, np.inf),
+        options={"node_limit": node_limit, "mip_rel_gap": 1e-4},
+    )
+    if solved.mip_dual_bound is None or solved.x is None:
+        return lp_bound(columns, supply)
+    return program.bound(-float(solved.mip_dual_bound), solved.x, "MILP")
+
+
+class _Program:
+    """minimise -F subject to F <= prefill + colocated, F <= decode + colocated, GPUs used <= supply.
+
+    Variables: x (prefill), y (decode), z (colocated) of those columns that can have the role, then F. Rates are
+    divided by a power of two near the largest, so that a change of the time unit changes no bit of the answer.
+    """
+
+    def __init__(self, columns: Sequence[Column], supply: Mapping[tuple[str, int], int]) -> None:
+        self._columns = columns
+        roles = (
+            [column.prefill_rps for column in columns],
+            [column.decode_rps for column in columns],
+            [column.colocated_rps for column in columns],
+        )
+        self._used = [(role, i) for role, rates in enumerate(roles) for i, rate in enumerate(rates) if rate > 0]
+        largest = max((roles[role][i] for role, i in self._used), default=1.0)
+        self._unit = 2.0 ** frexp(largest)[1]
+        places = {place: row + 2 for row, place in enumerate(sorted(supply))}
+        data, rows, cols = [], [], []
+
+        def put(row: int, col: int, value: float) -> None:
+            rows.append(row)
+            cols.append(col)
+            data.append(value)
+
+        for variable, (role, i) in enumerate(self._used):
+            rate = roles[role][i] / self._unit
+            if role != 1:
+                put(0, variable, -rate)
+            if role != 0:
+                put(1, variable, -rate)
+            for kind, count in columns[i].composition:
+                put(places[columns[i].site, kind], variable, count)
+        flow = len(self._used)
+        put(0, flow, 1.0)
+        put(1, flow, 1.0)
+        self.rows = csr_matrix((data, (rows, cols)), shape=(len(places) + 2, flow + 1))
+        self.limits = np.array([0.0, 0.0, *(float(supply[place]) for place in sorted(supply))])
+        self.cost = np.zeros(flow + 1)
+        self.cost[-1] = -1.0
+
+    def bound(self, flow: float, x: "np.ndarray[tuple[int], np.dtype[np.float64]]", method: str) -> Bound:
+        counts = [[0.0] * len(self._columns) for _ in range(3)]
+        for variable, (role, i) in enumerate(self._used):
+            counts[role][i] = float(x[variable])
+        return Bound(flow * self._unit * SLACK, method, *(tuple(each) for each in counts))

@@ -1,0 +1,239 @@
+"""Parallel strategies of a group: how many GPUs share each stage, and how many layers each stage has.
+
+The paper's third step (section 3.2). Tensor parallelism stays inside one machine and one kind of GPU, pipelines cross
+both, and layers are shared out by speed or by memory, so stages are as uneven as their GPUs. A composition's
+candidates are found once, over ideal links; a group then takes the best of them over the links that it really has.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from hexgen2.scheduler.cost import CostModel, Stage
+from hexgen2.scheduler.fabric import Composition, Fabric
+
+#: A stage before it stands anywhere: (kind, GPUs, layers).
+Shape = tuple[int, int, int]
+
+#: Without a limit of the time to first token, prefill may take so many times the least that its GPUs can do.
+LATENCY_SLACK = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A strategy of a composition with its figures over ideal links. ``spread``: whether it may span machines per kind."""
+
+    shapes: tuple[Shape, ...]
+    prefill_rps: float
+    latency_s: float
+    decode_rps: float
+    tpot_s: float
+    batch: int
+    colocated_rps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Of one composition. Prefill's within the limit of latency, best rate first; decode's and colocated best first."""
+
+    prefill: tuple[Candidate, ...]
+    decode: tuple[Candidate, ...]
+    colocated: tuple[Candidate, ...]
+    #: The strategy with the least latency, which is the literal rule of the paper for prefill.
+    quickest: Candidate | None
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """The best of each role; zero where there is none."""
+        return (
+            self.prefill[0].prefill_rps if self.prefill else 0.0,
+            self.decode[0].decode_rps if self.decode else 0.0,
+            self.colocated[0].colocated_rps if self.colocated else 0.0,
+        )
+
+
+class Strategies:
+    """Candidates by composition, remembered."""
+
+    def __init__(self, fabric: Fabric, cost: CostModel) -> None:
+        self._fabric = fabric
+        self._cost = cost
+        self._found: dict[Composition, Candidates] = {}
+        self._layer_s: dict[tuple[int, int], tuple[float, float]] = {}
+        # No link of the cluster is better than this one.
+        links = [*(kind.intra_bandwidth_bytes_per_s for kind in fabric.kinds), *(max(row) for row in fabric.bandwidth)]
+        delays = [*(kind.intra_latency_s for kind in fabric.kinds), *(min(row) for row in fabric.latency)]
+        self._ideal = (max(links), min(delays))
+
+    def of(self, composition: Composition) -> Candidates:
+        """The candidates of a composition."""
+        found = self._found.get(composition)
+        if found is None:
+            found = self._found[composition] = self._rank(composition)
+        return found
+
+    def stage(self, shape: Shape, bandwidth_bytes_per_s: float, latency_s: float) -> Stage:
+        """A stage with its link to the next."""
+        kind = self._fabric.kinds[shape[0]]
+        return Stage(
+            kind.gpu,
+            shape[1],
+            shape[2],
+            kind.intra_bandwidth_bytes_per_s,
+            kind.intra_latency_s,
+            bandwidth_bytes_per_s,
+            latency_s,
+        )
+
+    def _rank(self, composition: Composition) -> Candidates:
+        cost, memory = self._cost, self._fabric.cluster
+        room = sum(
+            cost.usable_bytes(memory.gpu_type(self._fabric.kinds[kind].gpu).name) * count for kind, count in composition
+        )
+        if room < cost.llm.weight_bytes:
+            return Candidates((), (), (), None)
+        found = {shapes: self._evaluate(shapes) for shapes in self._shapes(composition)}
+        every = [candidate for candidate in found.values() if candidate is not None]
+        able = [candidate for candidate in every if candidate.prefill_rps > 0]
+        quickest = min(able, key=lambda each: (each.latency_s, each.shapes), default=None)
+        limit = cost.workload.ttft_s or (LATENCY_SLACK * quickest.latency_s if quickest else 0.0)
+        in_time = [candidate for candidate in able if candidate.latency_s <= limit]
+        return Candidates(
+            tuple(sorted(in_time, key=lambda each: (-each.prefill_rps, each.latency_s, each.shapes))),
+            tuple(sorted((c for c in every if c.decode_rps > 0), key=lambda c: (-c.decode_rps, c.tpot_s, c.shapes))),
+            tuple(
+                sorted(
+                    (c for c in in_time if c.colocated_rps > 0), key=lambda c: (-c.colocated_rps, c.tpot_s, c.shapes)
+                )
+            ),
+            quickest,
+        )
+
+    def _evaluate(self, shapes: tuple[Shape, ...]) -> Candidate | None:
+        cost = self._cost
+        stages = tuple(self.stage(shape, *self._ideal) for shape in shapes)
+        if not cost.fits(stages):
+            return None
+        prefill = cost.prefill_rate(stages)
+        decode = cost.decode_rate(stages)
+        return Candidate(
+            shapes,
+            prefill,
+            cost.prefill_latency_s(stages),
+            decode.rate,
+            decode.tpot_s,
+            decode.batch,
+            colocated_rate(cost, stages)[0],
+        )
+
+    def _shapes(self, composition: Composition) -> Iterator[tuple[Shape, ...]]:
+        """Every choice of tensor parallelism per kind, each with its layers shared out in up to four ways."""
+        num_layers = self._cost.llm.num_layers
+        seen = set()
+        for choice in product(*(tuple(self._degrees(kind, count)) for kind, count in composition)):
+            row = [(kind, size) for (kind, _), sizes in zip(composition, choice, strict=True) for size in sizes]
+            if len(row) > num_layers:
+                continue
+            most = self._most_layers(row)
+            speed = [self._speed(kind, size) for kind, size in row]
+            by_prefill = [each[0] for each in speed]
+            by_decode = [each[1] for each in speed]
+            room = [float(self._room(kind, size)) for kind, size in row]
+            shares = [by_prefill]
+            if len({stage for stage in row}) > 1:
+                between = [a / sum(by_decode) + b / sum(room) for a, b in zip(by_decode, room, strict=True)]
+                shares += [by_decode, room, between]
+            for share in shares:
+                layers = apportion(share, most, num_layers)
+                if layers is not None:
+                    shapes = tuple((kind, size, n) for (kind, size), n in zip(row, layers, strict=True))
+                    if shapes not in seen:
+                        seen.add(shapes)
+                        yield shapes
+
+    def _degrees(self, kind: int, count: int) -> Iterator[tuple[int, ...]]:
+        """Sizes of the stages that ``count`` GPUs of a kind make: all alike, or by the binary digits of ``count``."""
+        largest = min(count, self._fabric.kinds[kind].max_count)
+        size = 1
+        while size <= largest:
+            if count % size == 0 and self._cost.llm.allows_tensor_parallel_size(size):
+                yield (size,) * (count // size)
+            size *= 2
+        digits = tuple(1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1)
+        if (
+            1 < len(digits)
+            and count <= self._fabric.kinds[kind].max_count
+            and all(self._cost.llm.allows_tensor_parallel_size(size) for size in digits)
+        ):
+            yield digits
+
+    def _speed(self, kind: int, size: int) -> tuple[float, float]:
+        """Layers per second of a stage in prefill and in decode."""
+        found = self._layer_s.get((kind, size))
+        if found is None:
+            layers = max(1, self._cost.llm.num_layers // 4)
+            stages = (self.stage((kind, size, layers), *self._ideal),)
+            work = self._cost.workload
+            found = self._layer_s[kind, size] = (
+                layers / self._cost.prefill_s(stages, work.mean_prompt_tokens),
+                layers / self._cost.decode_step_s(stages, 32, work.mean_context_tokens),
+            )
+        return found
+
+    def _room(self, kind: int, size: int) -> float:
+        return size * self._cost.usable_bytes(self._fabric.kinds[kind].gpu)
+
+    def _most_layers(self, row: Sequence[tuple[int, int]]) -> list[int]:
+        """Layers whose weights, and KV of one request of mean length, fit each stage."""
+        llm, work = self._cost.llm, self._cost.workload
+        tokens = work.mean_prompt_tokens + work.mean_output_tokens
+        most = []
+        for number, (kind, size) in enumerate(row):
+            ends = (number == 0) + (number == len(row) - 1)
+            copies = size / min(size, llm.num_kv_heads)
+            layer = llm.layer_bytes + tokens * llm.kv_bytes_per_token_layer * copies
+            most.append(int((self._room(kind, size) - ends * llm.embedding_bytes) / layer))
+        return most
+
+
+def colocated_rate(cost: CostModel, stages: tuple[Stage, ...]) -> tuple[float, int, float]:
+    """Requests per second, batch and time per token of a replica that does both phases with one strategy.
+
+    A request takes 1/p of its time for prefill and 1/d for decode, so p d / (p + d) a second; steps of decode wait
+    for prefill's, so a token takes (1 + d/p) as long. Fewer are decoded at once where that would break the limit.
+    """
+    prefill, decode = cost.prefill_rate(stages), cost.decode_rate(stages)
+    if prefill <= 0 or decode.rate <= 0:
+        return 0.0, 0, 0.0
+    limit = cost.workload.tpot_s
+    rate, batch, tpot_s = decode
+    while limit is not None and tpot_s * (1 + rate / prefill) > limit:
+        batch //= 2
+        if batch < 1:
+            return 0.0, 0, 0.0
+        tpot_s = cost.decode_step_s(stages, batch, cost.workload.mean_context_tokens)
+        rate = batch / (max(cost.workload.mean_decode_tokens, 1e-9) * tpot_s)
+    return prefill * rate / (prefill + rate), batch, tpot_s * (1 + rate / prefill)
+
+
+def apportion(shares: Sequence[float], most: Sequence[int], total: int) -> tuple[int, ...] | None:
+    """``total`` layers by ``shares``, each at least one and at most ``most``; None when they do not fit.
+
+    One layer after the other to where it makes the least of the longest stage.
+
+    >>> apportion([2.0, 1.0, 1.0], [99, 99, 99], 80)
+    (40, 20, 20)
+    """
+    if min(most) < 1 or sum(most) < total or len(shares) > total:
+        return None
+    whole = sum(shares)
+    layers = [max(1, min(limit, int(total * share / whole))) for share, limit in zip(shares, most, strict=True)]
+    while (missing := total - sum(layers)) != 0:
+        step = 1 if missing > 0 else -1
+        free = [i for i, n in enumerate(layers) if (n < most[i] if step > 0 else n > 1)]
+        if step > 0:
+            chosen = min(free, key=lambda i: ((layers[i] + 1) / shares[i], i))
+        else:
+            chosen = max(free, key=lambda i: (layers[i] / shares[i], -i))
+        layers[chosen] += step
+    return tuple(layers)
