@@ -10,7 +10,7 @@ takes the longer of its GPUs' kernels and its host's launching of them. Pure; an
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from hexgen2 import llm as llms
 from hexgen2.cluster import GpuType
 from hexgen2.cluster_file import catalog_gpu
 from hexgen2.llm import Llm
-from hexgen2.scheduler.efficiency import Engine, engine
+from hexgen2.scheduler.efficiency import Efficiency, Engine, efficiency, engine
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Kernels, Numbers
 from hexgen2.workload import LengthClass, Workload
 
@@ -60,7 +60,8 @@ class DecodeRate(NamedTuple):
 class CostModel:
     """Costs of replicas of one model under one workload. Answers are remembered by their stages.
 
-    ``gpu_types`` are the kinds of GPU that stages may name.
+    ``gpu_types`` are the kinds of GPU that stages may name; ``profile`` is the engine's and ``efficiencies`` are the
+    GPUs', both from the catalog unless given.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class CostModel:
         gpu_types: Iterable[GpuType],
         profile: Engine | None = None,
         staging_bytes: int = STAGING_BYTES,
+        efficiencies: Mapping[str, Efficiency] | None = None,
     ) -> None:
         self.llm = llm
         self.workload = workload
         self.gpus = {gpu.name: gpu for gpu in gpu_types}
+        self._efficiencies = efficiencies or {name: efficiency(gpu) for name, gpu in self.gpus.items()}
         self.engine = profile or engine()
         self.staging_bytes = staging_bytes
         #: KV of one token, all layers.
@@ -233,6 +236,7 @@ class CostModel:
             kernels = Kernels(
                 self.llm,
                 self.gpus[stage.gpu],
+                self._efficiencies[stage.gpu],
                 self.engine,
                 stage.tensor_parallel_size,
                 stage.tp_bandwidth_bytes_per_s,

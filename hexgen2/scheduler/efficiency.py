@@ -1,75 +1,103 @@
 """What part of its nominal speed a GPU gives, and what an engine's host adds: fitted figures, read from the catalog."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 from hexgen2 import catalog
 from hexgen2.cluster import GpuType
 from hexgen2.config_file import did_you_mean
 from hexgen2.errors import ConfigError
 
+#: Entry of a table for what is not in it.
 DEFAULT = "default"
+
+#: The profile that is fitted to measured steps.
+DEFAULT_ENGINE = "measured-2023"
 
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
     """Of one GPU. Parts of nominal speed are between 0 and 1; times are fixed costs of one kernel, in seconds."""
 
-    #: Matrix products: of nominal FLOP/s with many tokens, of memory bandwidth with few, and each one's fixed time.
+    #: Matrix products: of nominal FLOP/s with many tokens, of memory bandwidth with few, each one's fixed time, and
+    #: how sharply one takes over from the other (``kernels.blended_max``).
     compute: float
     memory: float
     gemm_s: float
-    #: Tokens at which products reach half of ``compute``.
-    half_tokens: float
-    #: Attention over a prompt (of FLOP/s), over cached keys and values (of memory bandwidth), and its fixed time.
+    blend: float
+    #: Attention over a prompt (of FLOP/s), over cached keys and values (of memory bandwidth), and their fixed times.
     attention_compute: float
-    attention_memory: float
     attention_s: float
-    #: All-reduce: its fixed time beside the link's latency, and its part of the link's bandwidth.
+    attention_memory: float
+    cached_attention_s: float
+    #: All-reduce, of its link class: fixed time, time for each further GPU, and its part of the link's bandwidth.
     all_reduce_s: float
+    all_reduce_hop_s: float
     all_reduce_bandwidth: float
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """CPU time of one step: launching overlaps with kernels, so that a step takes the longer of both."""
+    """CPU time of one step: launching overlaps with kernels, so that a step takes the longer of both.
+
+    ``token_s`` is apart from that: work per token, layer and element of the hidden state that tensor parallelism does
+    not divide (norms, residuals, and what an engine does one token after another).
+    """
 
     step_s: float
     layer_s: float
     request_s: float
+    token_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine profile: host times by GPU (its usual host) and limits of a step."""
+    """An engine profile: host times by GPU (its usual host), limits of a step, and how good its attention is."""
 
     name: str
     hosts: Mapping[str, Host]
     max_num_seqs: int
     max_num_batched_tokens: int
-    #: How often a layer's elementwise work passes over a token's hidden state; not divided by tensor parallelism.
-    elementwise_passes: float
+    #: What every prefill step takes beside launching and kernels.
+    prefill_s: float
+    #: Times of attention, as multiples of the kernels that were measured apart.
+    prompt_attention_factor: float
+    cached_attention_factor: float
+    #: Without support for grouped queries each query head reads its KV head's cache anew.
+    reads_kv_per_query_head: bool
 
     def host(self, gpu: str) -> Host:
         """Of machines with that GPU, or what is usual."""
-        return self.hosts.get(gpu, self.hosts[DEFAULT])
+        return self.hosts.get(gpu) or self.hosts[DEFAULT]
+
+    def token_s(self, gpu: str) -> float:
+        """Seconds per token, layer and element of the hidden state."""
+        return self.host(gpu).token_s
 
 
 @cache
 def efficiency(gpu: GpuType) -> Efficiency:
-    """The fitted efficiencies of a GPU, of the one it names, or the default ones."""
+    """The fitted efficiencies of a GPU (or of the one that it names), and of its link class."""
     table = catalog.table("efficiencies")
-    fields = table["efficiencies"].get(gpu.efficiency or gpu.name, table[DEFAULT])
-    return Efficiency(**{name: float(fields[name]) for name in Efficiency.__slots__})
+    kernels = table["gpus"].get(gpu.efficiency or gpu.name, table["gpus"][DEFAULT])
+    link = table["links"].get(gpu.link, table["links"][DEFAULT])
+    known = {**kernels, **link}
+    return Efficiency(**{field.name: float(known[field.name]) for field in fields(Efficiency)})
 
 
 @cache
-def engine(name: str = "nccl-2023") -> Engine:
+def engine(name: str = DEFAULT_ENGINE) -> Engine:
     """An engine profile by name. Raises ConfigError."""
     engines = catalog.table("engines")["engines"]
     if name not in engines:
         raise ConfigError(f"engine: no profile `{name}`; {did_you_mean(name, list(engines))}")
-    fields = engines[name]
-    hosts = {gpu: Host(**host) for gpu, host in fields["hosts"].items()}
-    return Engine(name, hosts, fields["max_num_seqs"], fields["max_num_batched_tokens"], fields["elementwise_passes"])
+    return make_engine(name, engines[name])
+
+
+def make_engine(name: str, entry: Mapping[str, Any]) -> Engine:
+    """A profile from its catalog entry."""
+    known = {field.name: entry[field.name] for field in fields(Engine) if field.name not in {"name", "hosts"}}
+    hosts = {gpu: Host(**host) for gpu, host in entry["hosts"].items()}
+    return Engine(name=name, hosts=hosts, **known)

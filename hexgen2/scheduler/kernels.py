@@ -12,12 +12,19 @@ from numpy.typing import NDArray
 
 from hexgen2.cluster import GpuType
 from hexgen2.llm import Llm
-from hexgen2.scheduler.efficiency import Efficiency, Engine, efficiency
+from hexgen2.scheduler.efficiency import Efficiency, Engine
 
 Numbers: TypeAlias = "NDArray[np.float64]"
 
 #: Activations have 16 bits whatever the weights have.
 ACTIVATION_BYTES = 2
+
+
+
+def blended_max(one: Any, other: Any, blend: float) -> Numbers:
+    """The larger of two times where they are far apart, and up to 2^(1/blend) times that where both bind."""
+    larger = np.maximum(one, other)
+    return np.asarray(larger * (1 + (np.minimum(one, other) / larger) ** blend) ** (1 / blend))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +33,11 @@ class Kernels:
 
     llm: Llm
     gpu: GpuType
+    rates: Efficiency
     engine: Engine
     tensor_parallel_size: int
     link_bandwidth_bytes_per_s: float
     link_latency_s: float
-
-    @property
-    def rates(self) -> Efficiency:
-        """The GPU's efficiencies."""
-        return efficiency(self.gpu)
 
     def prefill_layer_s(self, prompt_tokens: Any, batch: Any = 1) -> Numbers:
         """Of ``batch`` prompts of ``prompt_tokens`` each in one step."""
@@ -42,8 +45,8 @@ class Kernels:
         prompt, batch = np.asarray(prompt_tokens, float), np.asarray(batch, float)
         # Causal: half of the square; two products (scores, values) of two operations each.
         flops = 2.0 * batch * prompt * prompt * llm.num_heads * llm.head_dim / self.tensor_parallel_size
-        attention_s = rates.attention_s + flops / (self.gpu.flops * rates.attention_compute)
-        return self._layer_s(prompt * batch) + attention_s
+        attention_s = flops / (self.gpu.flops * rates.attention_compute) * self.engine.prompt_attention_factor
+        return self._layer_s(prompt * batch) + rates.attention_s + attention_s
 
     def decode_layer_s(self, batch: Any, context_tokens: Any) -> Numbers:
         """Of one token for each of ``batch`` requests that have ``context_tokens`` cached."""
@@ -52,12 +55,14 @@ class Kernels:
         # More GPUs than KV heads keep copies: each then reads one whole head.
         share = min(self.tensor_parallel_size, llm.num_kv_heads)
         read = batch * np.asarray(context_tokens, float) * llm.kv_bytes_per_token_layer / share
+        if self.engine.reads_kv_per_query_head:
+            read = read * llm.num_heads / self.tensor_parallel_size / (llm.num_kv_heads / share)
         bandwidth = self.gpu.memory_bandwidth_bytes_per_s * rates.attention_memory
-        return self._layer_s(batch) + rates.attention_s + read / bandwidth
+        return self._layer_s(batch) + rates.cached_attention_s + read / bandwidth * self.engine.cached_attention_factor
 
     def head_s(self, positions: Any) -> Numbers:
         """Of the output head for so many positions."""
-        return self._gemm_s(np.asarray(positions, float), self.llm.vocab_size * self.llm.hidden_size, 2.0)
+        return self._gemm_s(np.asarray(positions, float), self.llm.vocab_size, self.llm.hidden_size, 2.0)
 
     def all_reduce_s(self, tokens: Any) -> Numbers:
         """Of the sum over the group of one hidden state per token."""
@@ -66,31 +71,37 @@ class Kernels:
         if size == 1:
             return np.zeros_like(tokens)
         payload = tokens * self.llm.hidden_size * ACTIVATION_BYTES
-        fixed = self.rates.all_reduce_s + 2 * (size - 1) * self.link_latency_s
+        # The link's own latency counts where it is more than what the collective was measured with.
+        fixed = self.rates.all_reduce_s + (size - 1) * max(self.rates.all_reduce_hop_s, self.link_latency_s)
         bandwidth = self.link_bandwidth_bytes_per_s * self.rates.all_reduce_bandwidth
-        return fixed + 2 * (size - 1) / size * payload / bandwidth
+        return np.asarray(fixed + 2 * (size - 1) / size * payload / bandwidth)
 
     def _layer_s(self, tokens: Numbers) -> Numbers:
-        llm = self.llm
+        """All but attention over other tokens."""
+        llm, size = self.llm, self.tensor_parallel_size
         per_element = llm.weight_bytes_per_element
-        attention = llm.attention_elements
-        products = self._gemm_s(tokens, attention * 0.5, per_element) + self._gemm_s(
-            tokens, attention * 0.5, per_element
-        )
-        # Of many experts those are read that at least one token chose.
-        active = tokens * llm.num_experts_per_token / llm.num_experts
-        read = llm.num_experts * (1 - (1 - llm.num_experts_per_token / llm.num_experts) ** tokens)
-        mlp = llm.expert_elements
-        for part in (1 / 3, 2 / 3) if llm.gated_mlp else (1 / 2, 1 / 2):
-            products = products + self._gemm_s(active, mlp * part, per_element, copies=read)
-        hidden_bytes = llm.hidden_size * ACTIVATION_BYTES
-        bandwidth = self.gpu.memory_bandwidth_bytes_per_s * self.rates.memory
-        elementwise = self.engine.elementwise_passes * tokens * hidden_bytes / bandwidth
-        return products + elementwise + 2 * self.all_reduce_s(tokens)
+        hidden, heads = llm.hidden_size, llm.num_heads * llm.head_dim / size
+        # Beyond as many GPUs as KV heads, each computes one whole head.
+        kv_heads = max(llm.num_kv_heads / size, 1) * llm.head_dim
+        products = self._gemm_s(tokens, heads + 2 * kv_heads, hidden, per_element, size=1)
+        products = products + self._gemm_s(tokens, hidden, heads, per_element, size=1)
+        # Of many experts those are read that at least one token chose; each has its share of the tokens.
+        chance = llm.num_experts_per_token / llm.num_experts
+        experts = llm.num_experts * (1 - (1 - chance) ** tokens) if llm.num_experts > 1 else np.ones_like(tokens)
+        each = tokens * llm.num_experts_per_token / experts
+        up = (2 if llm.gated_mlp else 1) * llm.intermediate_size
+        products = products + self._gemm_s(each, up, hidden, per_element, copies=experts)
+        products = products + self._gemm_s(each, hidden, llm.intermediate_size, per_element, copies=experts)
+        serial = self.engine.token_s(self.gpu.name) * tokens * hidden
+        return products + serial + 2 * self.all_reduce_s(tokens)
 
-    def _gemm_s(self, tokens: Numbers, elements: float, bytes_per_element: float, copies: Any = 1.0) -> Numbers:
-        """Products of ``tokens`` rows with ``copies`` matrices of ``elements`` each, divided over the group."""
-        size, rates = self.tensor_parallel_size, self.rates
-        read = copies * elements * bytes_per_element / size / (self.gpu.memory_bandwidth_bytes_per_s * rates.memory)
-        compute = 2 * copies * (tokens + 0.0) * elements / size / (self.gpu.flops * rates.compute)
-        return rates.gemm_s + np.maximum(read, compute)
+    def _gemm_s(
+        self, rows: Numbers, n: float, k: float, bytes_per_element: float, copies: Any = 1.0, size: int | None = None
+    ) -> Numbers:
+        """Products of ``rows`` tokens with each of ``copies`` n x k matrices, divided over the group."""
+        rates, size = self.rates, size or self.tensor_parallel_size
+        weights = n * k * bytes_per_element / size
+        read = copies * (weights + ACTIVATION_BYTES * rows * (n + k) / size)
+        flops = 2 * copies * rows * n * k / size
+        read_s = read / (self.gpu.memory_bandwidth_bytes_per_s * rates.memory)
+        return rates.gemm_s + blended_max(flops / (self.gpu.flops * rates.compute), read_s, rates.blend)
