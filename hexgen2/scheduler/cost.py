@@ -215,7 +215,7 @@ class CostModel:
             return _Part(-math.inf, math.inf, math.inf, np.full_like(self._batches, math.inf))
         room = self.usable_bytes(stage.gpu) - self.weight_bytes_per_gpu(stages, number)
         share = min(stage.tensor_parallel_size, llm.num_kv_heads)
-        tables, host, last = self._tables(stage), self.engine.host(stage.gpu), number == len(stages) - 1
+        tables, host, last = self._tables(stage), self.engine.host(self.gpus[stage.gpu]), number == len(stages) - 1
         launch = host.step_s + host.layer_s * stage.num_layers
         together = stage.num_layers * tables.prefill_layer_s + tables.prefill_head_s * last
         together = np.maximum(together, launch + host.request_s * self._together)
@@ -252,7 +252,7 @@ class CostModel:
         return found
 
     def _host_s(self, stage: Stage, batch: float) -> float:
-        host = self.engine.host(stage.gpu)
+        host = self.engine.host(self.gpus[stage.gpu])
         return host.step_s + host.layer_s * stage.num_layers + host.request_s * batch
 
     def _hop_s(self, stages: Stages, number: int, tokens: Any) -> Any:

@@ -43,13 +43,15 @@ class Host:
     """CPU time of one step: launching overlaps with kernels, so that a step takes the longer of both.
 
     ``token_s`` is apart from that: work per token, layer and element of the hidden state that tensor parallelism does
-    not divide (norms, residuals, and what an engine does one token after another).
+    not divide (norms, residuals, and what an engine does one token after another); ``shared_token_s`` comes on top for
+    prompts after the first in a step.
     """
 
     step_s: float
     layer_s: float
     request_s: float
     token_s: float
+    shared_token_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,9 @@ class Engine:
     #: Without support for grouped queries each query head reads its KV head's cache anew.
     reads_kv_per_query_head: bool
 
-    def host(self, gpu: str) -> Host:
-        """Of machines with that GPU, or what is usual."""
-        return self.hosts.get(gpu) or self.hosts[DEFAULT]
-
-    def token_s(self, gpu: str) -> float:
-        """Seconds per token, layer and element of the hidden state."""
-        return self.host(gpu).token_s
+    def host(self, gpu: GpuType) -> Host:
+        """Of machines with that GPU (or the one whose efficiencies it has), or what is usual."""
+        return self.hosts.get(gpu.name) or self.hosts.get(gpu.efficiency) or self.hosts[DEFAULT]
 
 
 @cache
@@ -90,7 +88,7 @@ def efficiency(gpu: GpuType) -> Efficiency:
 @cache
 def engine(name: str = DEFAULT_ENGINE) -> Engine:
     """An engine profile by name. Raises ConfigError."""
-    engines = catalog.table("engines")["engines"]
+    engines = {**catalog.table("engines")["engines"], **catalog.table("engines_assumed")["engines"]}
     if name not in engines:
         raise ConfigError(f"engine: no profile `{name}`; {did_you_mean(name, list(engines))}")
     return make_engine(name, engines[name])

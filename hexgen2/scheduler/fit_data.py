@@ -129,7 +129,9 @@ def measured(path: Path) -> tuple[Measured, ...]:
     for row in _rows(path):
         key = (SYSTEMS[row["hardware"]], *(int(row[name]) for name in ("tensor_parallel", "prompt_size", "batch_size")))
         settings[key].append((int(row["token_size"]), float(row["prompt_time"]) / 1e3, float(row["token_time"]) / 1e3))
-    return tuple(Measured(*key, *(median(column) for column in zip(*rows, strict=True))) for key, rows in settings.items())
+    return tuple(
+        Measured(*key, *(median(column) for column in zip(*rows, strict=True))) for key, rows in settings.items()
+    )
 
 
 def _layer_gemms(folder: Path) -> Mapping[str, tuple[Gemm, ...]]:
@@ -149,9 +151,7 @@ def _layer_gemms(folder: Path) -> Mapping[str, tuple[Gemm, ...]]:
         gpu = {"A6000": "A6000", "RTX3090": "RTX-3090", "H100": "H100-SXM"}.get(row["gpu"])
         if shape and gpu and (gpu != "H100-SXM" or row["model"] == "Llama-3.1-70B"):
             role = f"{row['model']}:{row['layer_name']}:tp{row['tp']}"
-            found[gpu].append(
-                Gemm(int(row["input"]), *shape(int(row["tp"])), float(row["latency(ns)"]) / 1e9, role)
-            )
+            found[gpu].append(Gemm(int(row["input"]), *shape(int(row["tp"])), float(row["latency(ns)"]) / 1e9, role))
     return {gpu: tuple(rows) for gpu, rows in found.items()}
 
 

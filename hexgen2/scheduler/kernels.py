@@ -20,7 +20,6 @@ Numbers: TypeAlias = "NDArray[np.float64]"
 ACTIVATION_BYTES = 2
 
 
-
 def blended_max(one: Any, other: Any, blend: float) -> Numbers:
     """The larger of two times where they are far apart, and up to 2^(1/blend) times that where both bind."""
     larger = np.maximum(one, other)
@@ -46,7 +45,9 @@ class Kernels:
         # Causal: half of the square; two products (scores, values) of two operations each.
         flops = 2.0 * batch * prompt * prompt * llm.num_heads * llm.head_dim / self.tensor_parallel_size
         attention_s = flops / (self.gpu.flops * rates.attention_compute) * self.engine.prompt_attention_factor
-        return self._layer_s(prompt * batch) + rates.attention_s + attention_s
+        # What an engine adds for tokens that share a step with another prompt's.
+        shared = self.engine.host(self.gpu).shared_token_s * prompt * (batch - 1) * llm.hidden_size
+        return self._layer_s(prompt * batch) + rates.attention_s + attention_s + shared
 
     def decode_layer_s(self, batch: Any, context_tokens: Any) -> Numbers:
         """Of one token for each of ``batch`` requests that have ``context_tokens`` cached."""
@@ -92,7 +93,7 @@ class Kernels:
         up = (2 if llm.gated_mlp else 1) * llm.intermediate_size
         products = products + self._gemm_s(each, up, hidden, per_element, copies=experts)
         products = products + self._gemm_s(each, hidden, llm.intermediate_size, per_element, copies=experts)
-        serial = self.engine.token_s(self.gpu.name) * tokens * hidden
+        serial = self.engine.host(self.gpu).token_s * tokens * hidden
         return products + serial + 2 * self.all_reduce_s(tokens)
 
     def _gemm_s(
