@@ -7,7 +7,7 @@ leaves out (which machine a group stands on, KV links) only lowers a plan's flow
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import frexp
 
 import numpy as np
@@ -43,6 +43,9 @@ class Bound:
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
     colocated: tuple[float, ...]
+    #: What one more GPU of a (site, kind) adds, and one more request per second of prefill and of decode.
+    gpu_worth: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    role_worth: tuple[float, float] = (0.5, 0.5)
 
 
 def lp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int]) -> Bound:
@@ -51,7 +54,13 @@ def lp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int]) -
     solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=(0, None), method="highs-ds")
     if solved.status != 0:
         raise ValueError(f"no bound: {solved.message}")
-    return program.bound(-float(solved.fun), solved.x, "LP")
+    found = program.bound(-float(solved.fun), solved.x, "LP")
+    worth = [-float(each) for each in solved.ineqlin.marginals]
+    return replace(
+        found,
+        gpu_worth={place: worth[2 + i] * program.unit for i, place in enumerate(sorted(supply))},
+        role_worth=(worth[0], worth[1]),
+    )
 
 
 def milp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int], node_limit: int = NODE_LIMIT) -> Bound:
@@ -87,7 +96,7 @@ class _Program:
         )
         self._used = [(role, i) for role, rates in enumerate(roles) for i, rate in enumerate(rates) if rate > 0]
         largest = max((roles[role][i] for role, i in self._used), default=1.0)
-        self._unit = 2.0 ** frexp(largest)[1]
+        self.unit = 2.0 ** frexp(largest)[1]
         places = {place: row + 2 for row, place in enumerate(sorted(supply))}
         data, rows, cols = [], [], []
 
@@ -97,7 +106,7 @@ class _Program:
             data.append(value)
 
         for variable, (role, i) in enumerate(self._used):
-            rate = roles[role][i] / self._unit
+            rate = roles[role][i] / self.unit
             if role != 1:
                 put(0, variable, -rate)
             if role != 0:
@@ -116,4 +125,4 @@ class _Program:
         counts = [[0.0] * len(self._columns) for _ in range(3)]
         for variable, (role, i) in enumerate(self._used):
             counts[role][i] = float(x[variable])
-        return Bound(flow * self._unit * SLACK, method, *(tuple(each) for each in counts))
+        return Bound(flow * self.unit * SLACK, method, *(tuple(each) for each in counts))

@@ -8,7 +8,7 @@ one kind are interchangeable but for where they stand.
 from dataclasses import dataclass
 from functools import cached_property
 
-from hexgen2.cluster import Cluster
+from hexgen2.cluster import Cluster, Machine
 
 #: How many GPUs of each pool: ((pool, count), ...), ascending, counts positive.
 Parts = tuple[tuple[int, int], ...]
@@ -37,9 +37,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class Fabric:
-    """Pools, kinds and links. ``site`` and ``nic`` go by machine number.
+    """Pools, kinds and links. ``site`` and ``nic`` go by machine number, as ``cluster.machines`` does here.
 
-    Kinds are in descending order of compute, so that the order of machines in a file does not matter.
+    Machines are sorted by what they are and kinds by compute, so neither names nor the order in a file matter.
     """
 
     cluster: Cluster
@@ -53,6 +53,8 @@ class Fabric:
     @staticmethod
     def of(cluster: Cluster) -> "Fabric":
         """The fabric of a cluster."""
+        ordered = sorted(cluster.machines, key=lambda machine: _nature(cluster, machine))
+        cluster = cluster.model_copy(update={"machines": tuple(ordered)})
         found: dict[tuple[str, float, float], int] = {}
         for machine in cluster.machines:
             for gpu, count in machine.gpus:
@@ -104,3 +106,21 @@ class Fabric:
     def machines(self, parts: Parts) -> frozenset[int]:
         """Numbers of the machines that a group stands on."""
         return frozenset(self.pools[pool].machine for pool, _ in parts)
+
+
+def _nature(cluster: Cluster, machine: Machine) -> tuple[object, ...]:
+    """Everything about a machine but its name: what it has, then how well it is linked to what others have."""
+    links = sorted(
+        (cluster.bandwidth(machine, other), cluster.latency(machine, other), other.gpus)
+        for other in cluster.machines
+        if other.name != machine.name
+    )
+    return (
+        machine.site,
+        machine.gpus,
+        machine.intra_bandwidth_bytes_per_s,
+        machine.intra_latency_s,
+        machine.nic_bandwidth_bytes_per_s,
+        machine.nic_latency_s,
+        links,
+    )

@@ -16,7 +16,7 @@ from ortools.graph.python import min_cost_flow as or_min_cost_flow
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Directed arcs, by position: ``tails[i] -> heads[i]`` carries 0 to ``capacities[i]`` units, each at ``costs[i]``."""
+    """Arcs by position: ``tails[i] -> heads[i]`` carries 0 to ``capacities[i]`` units, each at ``costs[i]``."""
 
     num_nodes: int
     source: int
@@ -59,7 +59,7 @@ def max_flow(network: Network) -> Flow:
 
 
 def cheapest_max_flow(network: Network) -> Flow:
-    """Of all maximum flows the one whose sum of units x cost is least, so that routes do not depend on a solver's whim."""
+    """Of all maximum flows the one whose sum of units x cost is least: routes do not depend on a solver's whim."""
     value = max_flow(network).value
     solver = or_min_cost_flow.SimpleMinCostFlow()
     ids = solver.add_arcs_with_capacity_and_unit_cost(

@@ -87,7 +87,7 @@ class Groups:
         pools = self._pools(candidate.shapes, parts)
         if pools is None:
             return None
-        fabric, cost = self.fabric, self.cost
+        fabric = self.fabric
         machines = [fabric.pools[pool].machine for pool in pools]
         links = [(fabric.bandwidth[a][b], fabric.latency[a][b]) for a, b in pairwise(machines)]
         stages = tuple(

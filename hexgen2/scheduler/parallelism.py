@@ -21,7 +21,7 @@ LATENCY_SLACK = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A strategy of a composition with its figures over ideal links. ``spread``: whether it may span machines per kind."""
+    """A strategy of a composition with its figures over ideal links."""
 
     shapes: tuple[Shape, ...]
     prefill_rps: float
@@ -161,7 +161,7 @@ class Strategies:
             size *= 2
         digits = tuple(1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1)
         if (
-            1 < len(digits)
+            len(digits) > 1
             and count <= self._fabric.kinds[kind].max_count
             and all(self._cost.llm.allows_tensor_parallel_size(size) for size in digits)
         ):
