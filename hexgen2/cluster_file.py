@@ -167,6 +167,7 @@ def link_numbers(spec: str | LinkNumbers, place: Place, where: Callable[[Place],
 def _gpu(name: str, spec: ClusterSpec | None, place: Place, where: Callable[[Place], str]) -> GpuType:
     given: dict[str, GpuNumbers] = spec.gpu_types if spec else {}
     gpus: dict[str, dict[str, Any]] = catalog.table("gpus")["gpus"]
+    at: Place
     if name in given:
         numbers, key, at = given[name], name, ("gpu_types", name)
     else:

@@ -13,6 +13,7 @@ from rich.console import Console
 from hexgen2 import trace_tree, traces
 from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
+from hexgen2.cli.fit import fit_command
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
 from hexgen2.cli.options import serve_and_exit, service_command
@@ -143,6 +144,9 @@ main.add_command(
         "demo", FleetConfig, demo_command.demo, "Start everything, ask one question, show how it went, stop."
     )
 )
+
+
+main.add_command(fit_command)
 
 
 @main.group()

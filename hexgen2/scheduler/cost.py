@@ -230,8 +230,8 @@ class CostModel:
         )
 
     def _tables(self, stage: Stage) -> "_Tables":
-        key = stage[:2] + stage[3:5]
-        found = self._kernels.get(key)  # type: ignore[arg-type]
+        key = (stage.gpu, stage.tensor_parallel_size, stage.tp_bandwidth_bytes_per_s, stage.tp_latency_s)
+        found = self._kernels.get(key)
         if found is None:
             kernels = Kernels(
                 self.llm,
@@ -242,7 +242,7 @@ class CostModel:
                 stage.tp_bandwidth_bytes_per_s,
                 stage.tp_latency_s,
             )
-            found = self._kernels[key] = _Tables(  # type: ignore[index]
+            found = self._kernels[key] = _Tables(
                 kernels,
                 kernels.prefill_layer_s(self._prompts, self._together),
                 kernels.head_s(self._together),

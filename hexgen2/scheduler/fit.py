@@ -77,9 +77,9 @@ def fit(folder: Path) -> Fit:
         kernels[name] = {**{field: kernels["L40S"][field] for field in kernels["L40S"]}, **kernels[name]}
     kernels[DEFAULT] = dict(kernels["L40S"])
     links = {}
-    for link, rows in fit_data.all_reduces(folder).items():
+    for link, collectives in fit_data.all_reduces(folder).items():
         bandwidth = float(catalog.table("links")["links"][link]["bandwidth_bytes_per_s"])
-        links[link] = _rounded(fit_kernels.fit_all_reduce(bandwidth, rows))
+        links[link] = _rounded(fit_kernels.fit_all_reduce(bandwidth, collectives))
     links[DEFAULT] = dict(links["pcie-4"])
     steps = fit_data.measured(folder / fit_data.MODEL)
     efficiencies = _efficiencies(steps, kernels, links)

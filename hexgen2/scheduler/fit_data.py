@@ -127,7 +127,8 @@ def measured(path: Path) -> tuple[Measured, ...]:
     """Whole-model steps; rows of one prompt and batch that differ in the answer's length alone are one setting."""
     settings: dict[tuple[str, int, int, int], list[tuple[int, float, float]]] = defaultdict(list)
     for row in _rows(path):
-        key = (SYSTEMS[row["hardware"]], *(int(row[name]) for name in ("tensor_parallel", "prompt_size", "batch_size")))
+        size, prompt, batch = (int(row[name]) for name in ("tensor_parallel", "prompt_size", "batch_size"))
+        key = (SYSTEMS[row["hardware"]], size, prompt, batch)
         settings[key].append((int(row["token_size"]), float(row["prompt_time"]) / 1e3, float(row["token_time"]) / 1e3))
     return tuple(
         Measured(*key, *(median(column) for column in zip(*rows, strict=True))) for key, rows in settings.items()

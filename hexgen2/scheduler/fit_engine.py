@@ -31,7 +31,7 @@ STEP_SHARE = 0.1
 SAME_HOST: Mapping[str, str] = {"H200-SXM": "H100-SXM"}
 
 #: Of a step, in both phases; not fitted.
-LIMITS: Mapping[str, Any] = {"max_num_seqs": 512, "max_num_batched_tokens": 2048, "reads_kv_per_query_head": True}
+LIMITS: Mapping[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "reads_kv_per_query_head": True}
 
 #: Per GPU: host ms per step, host µs per request, serial ps per token, layer and element.
 HOST_START, HOST_LOW, HOST_HIGH = [35.0, 200.0, 60.0, 20.0], [1.0, 0.0, 0.0, 0.0], [100.0, 2000.0, 1000.0, 1000.0]

@@ -26,7 +26,7 @@ def fit_gemm(gpu: GpuType, rows: Sequence[Gemm]) -> dict[str, float]:
 
     def predict(x: Array) -> Array:
         compute, memory, fixed, blend = x
-        return fixed * 1e-6 + blended_max(flops / compute, read / memory, blend)
+        return np.asarray(fixed * 1e-6 + blended_max(flops / compute, read / memory, blend))
 
     found = _least_squares(predict, seconds, weights, [0.7, 0.7, 3.0, 3.0], [0.2, 0.2, 0.1, 1.2], [1.0, 1.0, 40.0, 8.0])
     return {"compute": found[0], "memory": found[1], "gemm_s": found[2] * 1e-6, "blend": found[3]}
@@ -38,7 +38,7 @@ def fit_prompt_attention(gpu: GpuType, rows: Sequence[Attention], head_dim: int 
     seconds = np.array([row.seconds for row in rows])
 
     def predict(x: Array) -> Array:
-        return x[1] * 1e-6 + flops / x[0]
+        return np.asarray(x[1] * 1e-6 + flops / x[0])
 
     found = _least_squares(predict, seconds, np.ones(len(rows)), [0.5, 10.0], [0.05, 0.1], [1.0, 100.0])
     return {"attention_compute": found[0], "attention_s": found[1] * 1e-6}
@@ -53,7 +53,7 @@ def fit_cached_attention(gpu: GpuType, rows: Sequence[Attention], head_dim: int 
     read, seconds = read[real], seconds[real]
 
     def predict(x: Array) -> Array:
-        return x[1] * 1e-6 + read / x[0]
+        return np.asarray(x[1] * 1e-6 + read / x[0])
 
     found = _least_squares(predict, seconds, np.ones(len(read)), [0.7, 10.0], [0.05, 0.1], [1.0, 100.0])
     return {"attention_memory": found[0], "cached_attention_s": found[1] * 1e-6}
@@ -65,7 +65,7 @@ def fit_all_reduce(bandwidth_bytes_per_s: float, rows: Sequence[AllReduce]) -> d
     wire = 2 * (size - 1) / size * payload / bandwidth_bytes_per_s
 
     def predict(x: Array) -> Array:
-        return x[0] * 1e-6 + x[1] * 1e-6 * (size - 1) + wire / x[2]
+        return np.asarray(x[0] * 1e-6 + x[1] * 1e-6 * (size - 1) + wire / x[2])
 
     found = _least_squares(predict, seconds, np.ones(len(rows)), [8.0, 2.0, 0.7], [0.1, 0.0, 0.05], [100.0, 50.0, 1.0])
     return {"all_reduce_s": found[0] * 1e-6, "all_reduce_hop_s": found[1] * 1e-6, "all_reduce_bandwidth": found[2]}
@@ -80,7 +80,7 @@ def _least_squares(
     high: Sequence[float],
 ) -> list[float]:
     def residuals(x: Array) -> Array:
-        return weights * np.log(predict(x) / seconds)
+        return np.asarray(weights * np.log(predict(x) / seconds))
 
     answer = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=np.abs(start))
     return [float(value) for value in answer.x]

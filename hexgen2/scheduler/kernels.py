@@ -47,7 +47,7 @@ class Kernels:
         attention_s = flops / (self.gpu.flops * rates.attention_compute) * self.engine.prompt_attention_factor
         # What an engine adds for tokens that share a step with another prompt's.
         shared = self.engine.host(self.gpu).shared_token_s * prompt * (batch - 1) * llm.hidden_size
-        return self._layer_s(prompt * batch) + rates.attention_s + attention_s + shared
+        return np.asarray(self._layer_s(prompt * batch) + rates.attention_s + attention_s + shared)
 
     def decode_layer_s(self, batch: Any, context_tokens: Any) -> Numbers:
         """Of one token for each of ``batch`` requests that have ``context_tokens`` cached."""
@@ -59,7 +59,8 @@ class Kernels:
         if self.engine.reads_kv_per_query_head:
             read = read * llm.num_heads / self.tensor_parallel_size / (llm.num_kv_heads / share)
         bandwidth = self.gpu.memory_bandwidth_bytes_per_s * rates.attention_memory
-        return self._layer_s(batch) + rates.cached_attention_s + read / bandwidth * self.engine.cached_attention_factor
+        attention_s = rates.cached_attention_s + read / bandwidth * self.engine.cached_attention_factor
+        return np.asarray(self._layer_s(batch) + attention_s)
 
     def head_s(self, positions: Any) -> Numbers:
         """Of the output head for so many positions."""
@@ -94,7 +95,7 @@ class Kernels:
         products = products + self._gemm_s(each, up, hidden, per_element, copies=experts)
         products = products + self._gemm_s(each, hidden, llm.intermediate_size, per_element, copies=experts)
         serial = self.engine.host(self.gpu).token_s * tokens * hidden
-        return products + serial + 2 * self.all_reduce_s(tokens)
+        return np.asarray(products + serial + 2 * self.all_reduce_s(tokens))
 
     def _gemm_s(
         self, rows: Numbers, n: float, k: float, bytes_per_element: float, copies: Any = 1.0, size: int | None = None
@@ -105,4 +106,4 @@ class Kernels:
         read = copies * (weights + ACTIVATION_BYTES * rows * (n + k) / size)
         flops = 2 * copies * rows * n * k / size
         read_s = read / (self.gpu.memory_bandwidth_bytes_per_s * rates.memory)
-        return rates.gemm_s + blended_max(flops / (self.gpu.flops * rates.compute), read_s, rates.blend)
+        return np.asarray(rates.gemm_s + blended_max(flops / (self.gpu.flops * rates.compute), read_s, rates.blend))
