@@ -1,6 +1,6 @@
 """``cluster.yaml``: its schema, and how its names (GPUs, link classes, sites) become a ``Cluster``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hexgen2 import catalog
 from hexgen2.cluster import Cluster, GpuType, Link, Machine
+from hexgen2.cluster_generated import PREFIX, multi_site
 from hexgen2.config_file import Place, build, did_you_mean, dotted, line_of, read
 from hexgen2.errors import ConfigError
 
@@ -49,7 +50,7 @@ class MachineSpec(Part):
     """One machine, or ``count`` alike ones that are called NAME-0, NAME-1 ..."""
 
     name: Annotated[str, Field(min_length=1)]
-    count: Annotated[int, Field(ge=1)] = 1
+    count: Annotated[int, Field(ge=1)] = Field(1, description="how many there are, or may be rented")
     site: str = "default"
     gpus: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(
         description="how many of which; names of the catalog or of this file"
@@ -89,14 +90,30 @@ def load_cluster(path: Path) -> Cluster:
 
 
 def find_cluster(name_or_path: str | Path) -> Cluster:
-    """A cluster from its file, or by the name of one of the catalog's. Raises ConfigError."""
+    """A cluster from its file, by the name of one of the catalog's, or ``multi-site-N`` with N GPUs, made by rule.
+
+    Raises:
+        ConfigError: there is none, or it cannot be used.
+    """
+    size = str(name_or_path).removeprefix(PREFIX)
+    if size != str(name_or_path) and size.isdecimal():
+        return make_cluster(multi_site(int(size)), str(name_or_path))
     known = catalog.cluster_files()
     path = known.get(str(name_or_path), Path(name_or_path))
     if not path.exists() and path.suffix not in {".yaml", ".yml"}:
         raise ConfigError(
-            f"cluster: no file nor example `{name_or_path}`; {did_you_mean(str(name_or_path), list(known))}"
+            f"cluster: no file nor example `{name_or_path}`; {did_you_mean(str(name_or_path), [*known, f'{PREFIX}256'])}"
         )
     return load_cluster(path)
+
+
+def make_cluster(data: Mapping[str, Any], name: str = "cluster") -> Cluster:
+    """A cluster from the fields of a cluster.yaml. Raises ConfigError with field; ``name`` begins its lines."""
+
+    def where(place: Place) -> str:
+        return f"{name}: {dotted(place)}: "
+
+    return resolve(build(ClusterSpec, data, where), where)
 
 
 @cache

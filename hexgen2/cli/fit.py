@@ -3,14 +3,16 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from hexgen2 import catalog
-from hexgen2.scheduler.fit import Error, fit, judge_file
-from hexgen2.scheduler.fit_files import write
+
+if TYPE_CHECKING:
+    from hexgen2.scheduler.fit import Error
 
 
 @click.command("fit")
@@ -26,10 +28,18 @@ from hexgen2.scheduler.fit_files import write
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="Also judge on this file's measurements, which are not fitted to (columns as llama2_70b_tp4_measured.csv).",
 )
-@click.option("--write", "keep", is_flag=True, help="Write the catalog's efficiencies.yaml and engines.yaml.")
+@click.option("--write", "keep", is_flag=True, help="Write the catalog's efficiencies, engines and workloads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def fit_command(data: Path, judge: Path | None, keep: bool, as_json: bool) -> None:
-    """Fit the cost model to measured times, and show how far off it is."""
+    """Fit the cost model to measured times, and show how far off it is.
+
+    With --write the built-in workloads are made from the traces, too.
+    """
+    # Here, since other commands need not wait for SciPy.
+    from hexgen2.scheduler.fit import fit, judge_file
+    from hexgen2.scheduler.fit_files import write, write_workloads
+    from hexgen2.scheduler.fit_workloads import fit_workloads
+
     found = fit(data)
     errors = (*found.errors, *(judge_file(judge, found) if judge else ()))
     if as_json:
@@ -37,11 +47,11 @@ def fit_command(data: Path, judge: Path | None, keep: bool, as_json: bool) -> No
     else:
         Console().print(draw(errors))
     if keep:
-        for path in write(found, catalog.FOLDER):
+        for path in (*write(found, catalog.FOLDER), write_workloads(fit_workloads(data), catalog.FOLDER)):
             click.echo(f"written: {path}", err=as_json)
 
 
-def draw(errors: tuple[Error, ...]) -> Table:
+def draw(errors: "tuple[Error, ...]") -> Table:
     """The errors as a table."""
     table = Table(title="Predicted against measured, relative error")
     for name in ("what", "GPU", "in the fit"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,6 +22,24 @@ ENGINES = """\
 # H100-80GB (Mutinifni/splitwise-sim at 8f99e7dc9b40, MIT: an engine of 2023); 80 layers cannot tell a step's own time
 # from the layers', so a tenth is taken to be the step's. max_num_seqs and max_num_batched_tokens are settings.
 """
+WORKLOADS = """\
+# Made by `hexgen2 fit --write`: lengths as rows of [prompt tokens, output tokens, share of the requests], quantiles of
+# production traces (hexgen2/request_trace.py says how). HPLD to LPLD: Azure's conversation trace parted at more than
+# 512 prompt and more than 128 output tokens. Sources: Azure/AzurePublicDataset at b469a113cedc (the traces of 2023,
+# CC-BY-4.0), kvcache-ai/Mooncake at 3b5a59413395 (Apache-2.0).
+"""
+
+
+def write_workloads(found: Mapping[str, Any], folder: Path) -> Path:
+    """Write workloads.yaml into ``folder``, a row of lengths a line."""
+    lines = [WORKLOADS, "workloads:\n"]
+    for name, entry in found.items():
+        head = {key: value for key, value in entry.items() if key != "lengths"}
+        lines.append(f"  {name}:\n" + "".join(f"    {key}: {value}\n" for key, value in head.items()))
+        lines.append("    lengths:\n" + "".join(f"      - {row}\n" for row in entry["lengths"]))
+    path = folder / "workloads.yaml"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def write(found: Fit, folder: Path) -> tuple[Path, ...]:
