@@ -101,9 +101,8 @@ def find_cluster(name_or_path: str | Path) -> Cluster:
     known = catalog.cluster_files()
     path = known.get(str(name_or_path), Path(name_or_path))
     if not path.exists() and path.suffix not in {".yaml", ".yml"}:
-        raise ConfigError(
-            f"cluster: no file nor example `{name_or_path}`; {did_you_mean(str(name_or_path), [*known, f'{PREFIX}256'])}"
-        )
+        hint = did_you_mean(str(name_or_path), [*known, f"{PREFIX}256"])
+        raise ConfigError(f"cluster: no file nor example `{name_or_path}`; {hint}")
     return load_cluster(path)
 
 

@@ -8,7 +8,7 @@ CLUSTER = """\
 # A cluster for `hexgen2 plan`. Schema: docs/schemas/cluster.schema.json.
 name: example
 
-# GPUs that the catalog does not have, by numbers (the catalog knows H100-SXM, A100-SXM, L40S, L40, A6000, RTX-4090 ...).
+# GPUs that the catalog does not have, by numbers (it has H100-SXM, A100-SXM, L40S, L40, A6000, RTX-4090 ...).
 # gpu_types:
 #   my-gpu:
 #     flops: 200e12                       # dense bf16 FLOP/s

@@ -1,4 +1,4 @@
-"""JSON schemas of the planner's files, made from the classes that read them. ``python -m hexgen2.schemas`` writes them."""
+"""JSON schemas of the planner's files, from the classes that read them. ``python -m hexgen2.schemas`` writes them."""
 
 import json
 import sys

@@ -30,6 +30,8 @@ MEMORY_UTILIZATION = 0.9
 OVERHEAD_BYTES = 1_000_000_000
 #: Registered memory of the KV hand-off per GPU (``KvConfig``: staging and landing, or the send buffer).
 STAGING_BYTES = 320 << 20
+#: Parts of the engine's largest step that prefill may make do with, where sharing a step does not pay.
+TOKEN_BUDGETS = (1, 2, 4, 1_000_000)
 
 
 class Stage(NamedTuple):
@@ -85,9 +87,9 @@ class CostModel:
         self.kv_bytes_per_request = llm.kv_bytes_per_token * workload.mean_prompt_tokens
         self._prompts = np.array([point.prompt_tokens for point in workload.lengths], float)
         self._weights = np.array([point.weight for point in workload.lengths])
-        # Short prompts share a step up to its budget of tokens.
-        budget = self.engine.max_num_batched_tokens
-        self._together = np.clip(np.floor(budget / self._prompts), 1, self.engine.max_num_seqs)
+        # Short prompts share a step up to its budget of tokens, which is a setting: a row for each choice of it.
+        budgets = np.array([[self.engine.max_num_batched_tokens // part] for part in TOKEN_BUDGETS], float)
+        self._together = np.clip(np.floor(budgets / self._prompts), 1, self.engine.max_num_seqs)
         self._longest = max(point.prompt_tokens + point.output_tokens for point in workload.lengths)
         self._batches = batch_grid(self.engine.max_num_seqs)
         self._kernels: dict[tuple[str, int, float, float], _Tables] = {}
@@ -168,9 +170,12 @@ class CostModel:
     def _prefill_rate(self, stages: Stages) -> float:
         if not self.fits(stages):
             return 0.0
-        busiest = max(part.prefill_busy_s for part in self._parts(stages))
+        parts = self._parts(stages)
+        busy = parts[0].prefill_busy_s
+        for part in parts[1:]:
+            busy = np.maximum(busy, part.prefill_busy_s)
         hops = (self._hop_s(stages, number, self.workload.mean_prompt_tokens) for number in range(len(stages)))
-        return float(1.0 / max(busiest, *hops))
+        return float(1.0 / max(float(busy.min()), *hops))
 
     def _decode_rate(self, stages: Stages) -> DecodeRate:
         limit = self.max_batch(stages)
@@ -212,19 +217,22 @@ class CostModel:
     def _part(self, stages: Stages, number: int) -> "_Part":
         stage, llm = stages[number], self.llm
         if not llm.allows_tensor_parallel_size(stage.tensor_parallel_size):
-            return _Part(-math.inf, math.inf, math.inf, np.full_like(self._batches, math.inf))
+            return _Part(
+                -math.inf, np.full(len(TOKEN_BUDGETS), math.inf), math.inf, np.full_like(self._batches, math.inf)
+            )
         room = self.usable_bytes(stage.gpu) - self.weight_bytes_per_gpu(stages, number)
         share = min(stage.tensor_parallel_size, llm.num_kv_heads)
         tables, host, last = self._tables(stage), self.engine.host(self.gpus[stage.gpu]), number == len(stages) - 1
         launch = host.step_s + host.layer_s * stage.num_layers
+        extra = self.engine.prefill_s if number == 0 else 0.0
         together = stage.num_layers * tables.prefill_layer_s + tables.prefill_head_s * last
-        together = np.maximum(together, launch + host.request_s * self._together)
+        together = np.maximum(together, launch + host.request_s * self._together) + extra
         alone = stage.num_layers * tables.kernels.prefill_layer_s(self._prompts, 1) + tables.kernels.head_s(1) * last
-        alone = np.maximum(alone, launch + host.request_s)
+        alone = np.maximum(alone, launch + host.request_s) + extra
         decode = stage.num_layers * tables.decode_layer_s + tables.decode_head_s * last
         return _Part(
             kv_tokens=room / (stage.num_layers * llm.kv_bytes_per_token_layer / share),
-            prefill_busy_s=float(self._weights @ (together / self._together)),
+            prefill_busy_s=(together / self._together) @ self._weights,
             prefill_alone_s=float(self._weights @ alone),
             decode_s=np.maximum(decode, launch + host.request_s * self._batches),
         )
@@ -265,10 +273,13 @@ class CostModel:
 
 
 class _Part(NamedTuple):
-    """What one stage costs: tokens of KV it holds, seconds per prompt when busy and when alone, per decode batch."""
+    """What one stage costs: tokens of KV it holds, seconds per prompt when busy and when alone, per decode batch.
+
+    ``prefill_busy_s`` has one entry for each of ``TOKEN_BUDGETS``.
+    """
 
     kv_tokens: float
-    prefill_busy_s: float
+    prefill_busy_s: Numbers
     prefill_alone_s: float
     decode_s: Numbers
 
