@@ -239,6 +239,7 @@ def main(
         click.echo(f"{setup} ...", err=True)
         with ProcessPoolExecutor(1, mp_context=spawn) as processes:
             rows.append(processes.submit(run_one, setup, engine, kv, load).result())
+        click.echo(f"{setup}: {rows[-1].output_tokens_per_s:.1f} output tok/s", err=True)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=1))
         return

@@ -51,6 +51,8 @@ def adopt_logging(level: int) -> None:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(level)
+    # Warns at every request that there is no tokenizer; we gave it none.
+    logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
 
 
 def leave_at_once() -> None:
