@@ -5,7 +5,7 @@ cut are *starved* and the others are donors: proposals flip a donor to the starv
 ones to the starved, swap, merge, split, or bring prefill and decode onto one machine where a network card is full.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
@@ -18,6 +18,10 @@ T = TypeVar("T")
 
 #: Of proposals that follow the cut; the others are blind, so that a wrong hint does not lock the search.
 GUIDED = 0.8
+
+
+#: Steps by name, those that are drawn more often repeated.
+STEPS = ("give", "give", "flip", "swap", "merge", "split", "found", "dissolve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +48,30 @@ def hint_of(judge: Judge, state: State) -> Hint:
     return Hint(role, tuple(sorted(starved)) or every, donors or every, tuple(sorted(machines)))
 
 
-class Mover:
-    """Proposes neighbours within limits. ``roles``: those that a group may have."""
+Step = Callable[[State, Hint, Random], State | None]
 
-    def __init__(self, fabric: Fabric, limits: Limits, roles: Sequence[str]) -> None:
+
+class Mover:
+    """Proposes neighbours within limits. ``roles``: those that a group may have; ``steps``: of `STEPS`, default all."""
+
+    def __init__(
+        self, fabric: Fabric, limits: Limits, roles: Sequence[str], steps: Sequence[str] | None = None
+    ) -> None:
         self._fabric = fabric
         self._limits = limits
         self._roles = tuple(roles)
+        self._all = steps is None
+        self._steps: list[Step] = [getattr(self, f"_{name}") for name in steps or STEPS]
 
     def propose(self, state: State, hint: Hint, chance: Random) -> State | None:
         """A neighbour, or None when the step that was drawn cannot be made."""
         if not state.groups:
             return self._found(state, hint, chance)
-        steps = [self._give, self._give, self._flip, self._swap, self._merge, self._split, self._found, self._dissolve]
-        if hint.machines:
-            steps += [self._bring_together] * 3
-        return steps[chance.randrange(len(steps))](state, hint, chance)
+        steps = self._steps
+        if hint.machines and self._all:
+            steps = [*steps, self._bring_together, self._bring_together, self._bring_together]
+        step: Step = steps[chance.randrange(len(steps))]
+        return step(state, hint, chance)
 
     def _flip(self, state: State, hint: Hint, chance: Random) -> State | None:
         """A donor takes the starved role."""
