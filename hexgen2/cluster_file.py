@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from hexgen2 import catalog
 from hexgen2.cluster import Cluster, GpuType, Link, Machine
@@ -32,7 +32,14 @@ class LinkNumbers(Part):
     latency_s: NotNegative = Field(description="of one hop")
 
 
-LinkSpec = Annotated[str | LinkNumbers, Field(description="a link class of the catalog, or its numbers")]
+#: What pydantic puts into the place of a problem within a link; nothing that a reader wrote.
+CLASS, NUMBERS = "<class>", "<numbers>"
+
+LinkSpec = Annotated[
+    Annotated[str, Tag(CLASS)] | Annotated[LinkNumbers, Tag(NUMBERS)],
+    Discriminator(lambda value: NUMBERS if isinstance(value, dict | LinkNumbers) else CLASS),
+    Field(description="a link class of the catalog, or its numbers"),
+]
 
 
 class GpuNumbers(Part):
@@ -74,9 +81,16 @@ class ClusterSpec(Part):
     about: str = Field("", description="a note for readers")
     gpu_types: dict[str, GpuNumbers] = Field({}, description="GPUs by numbers, by name")
     nic: LinkSpec = Field("100gbe", description="network card of machines that say nothing else")
-    machines: Annotated[tuple[MachineSpec, ...], Field(min_length=1)]
+    machines: tuple[MachineSpec, ...]
     site_links: tuple[BetweenSpec, ...] = Field((), description="between sites; default: network cards alone")
     machine_links: tuple[BetweenSpec, ...] = Field((), description="between machines, as measured")
+
+    @field_validator("machines")
+    @classmethod
+    def _some(cls, machines: tuple[MachineSpec, ...]) -> tuple[MachineSpec, ...]:
+        if not machines:
+            raise ValueError("no machines")
+        return machines
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -84,6 +98,7 @@ def load_cluster(path: Path) -> Cluster:
     data, lines = read(path)
 
     def where(place: Place) -> str:
+        place = _without_tags(place)
         return f"{path}:{line_of(lines, place)}: {dotted(place)}: "
 
     return resolve(build(ClusterSpec, data, where), where)
@@ -110,7 +125,7 @@ def make_cluster(data: Mapping[str, Any], name: str = "cluster") -> Cluster:
     """A cluster from the fields of a cluster.yaml. Raises ConfigError with field; ``name`` begins its lines."""
 
     def where(place: Place) -> str:
-        return f"{name}: {dotted(place)}: "
+        return f"{name}: {dotted(_without_tags(place))}: "
 
     return resolve(build(ClusterSpec, data, where), where)
 
@@ -178,6 +193,10 @@ def link_numbers(spec: str | LinkNumbers, place: Place, where: Callable[[Place],
     if key is None:
         raise ConfigError(f"{where(place)}no link class `{spec}`; {did_you_mean(spec, list(links))}")
     return LinkNumbers(**links[key])
+
+
+def _without_tags(place: Place) -> Place:
+    return tuple(part for part in place if part not in (CLASS, NUMBERS))
 
 
 def _gpu(name: str, spec: ClusterSpec | None, place: Place, where: Callable[[Place], str]) -> GpuType:

@@ -132,7 +132,7 @@ def find(name_or_path: str | Path, *, weight_dtype: str | None = None, kv_dtype:
         fields["weight_dtype"] = weight_dtype
     if kv_dtype is not None:
         fields["kv_dtype"] = kv_dtype
-    return build(Llm, fields, lambda place: f"{where}: {dotted(place)}: ")
+    return build(Llm, fields, lambda place: f"{where}: {dotted(place)}: " if place else f"{where}: ")
 
 
 def _from_catalog(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from hexgen2 import catalog
 from hexgen2.config_file import Place, build, did_you_mean, dotted, line_of, read
@@ -58,9 +58,16 @@ class WorkloadSpec(Source):
 
     name: str = ""
     about: str = Field("", description="a note for readers")
-    mix: Annotated[tuple[Share, ...], Field(min_length=1)] | None = Field(None, description="classes and their shares")
+    mix: tuple[Share, ...] | None = Field(None, description="classes and their shares")
     rate: Positive | None = Field(None, description="requests per second; default: as many as the plan can serve")
     slo: Slo = Slo()
+
+    @field_validator("mix")
+    @classmethod
+    def _some(cls, mix: tuple[Share, ...] | None) -> tuple[Share, ...] | None:
+        if mix is not None and not mix:
+            raise ValueError("no classes")
+        return mix
 
     @model_validator(mode="after")
     def _one(self) -> "WorkloadSpec":
@@ -71,7 +78,7 @@ class WorkloadSpec(Source):
 
 def _exactly_one(given: list[str], possible: tuple[str, ...]) -> None:
     if len(given) != 1:
-        raise ValueError(f"exactly one of {', '.join(possible)} is needed; {' and '.join(given) or 'none'} is given")
+        raise ValueError(f"exactly one of {', '.join(possible)} is needed; given: {', '.join(given) or 'none'}")
 
 
 def builtin(name: str) -> Workload:
