@@ -214,7 +214,8 @@ def _gpu(name: str, spec: ClusterSpec | None, place: Place, where: Callable[[Pla
         fields = {field: value for field, value in gpus[key].items() if field != "price_source"}
         numbers = GpuNumbers(**fields)
     if numbers.efficiency and numbers.efficiency not in gpus:
-        raise ConfigError(f"{where((*at, 'efficiency'))}{did_you_mean(numbers.efficiency, list(gpus))}")
+        hint = did_you_mean(numbers.efficiency, list(gpus))
+        raise ConfigError(f"{where((*at, 'efficiency'))}no GPU `{numbers.efficiency}` in the catalog; {hint}")
     link = link_numbers(numbers.link, (*at, "link"), where)
     return GpuType(
         name=key,
