@@ -134,3 +134,9 @@ def test_every_gpu_of_the_catalog_has_efficiencies_and_hosts() -> None:
         assert (gpu.efficiency or gpu.name) in measured_gpus, "its own or, openly, another's"
         assert engine().host(gpu).layer_s > 0
     assert DEFAULT in measured_gpus
+
+
+@needs_data
+def test_the_published_errors_are_those_of_the_fit(found: Fit) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cost-model.md").read_text()
+    assert markdown(found.errors) in page

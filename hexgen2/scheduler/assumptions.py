@@ -1,0 +1,33 @@
+"""What a plan takes for granted, in sentences for its reader: nothing is assumed in silence."""
+
+from collections.abc import Iterable
+
+from hexgen2 import catalog
+from hexgen2.cluster import GpuType
+from hexgen2.llm import Llm
+from hexgen2.scheduler.efficiency import DEFAULT, Engine
+from hexgen2.workload import Workload
+
+
+def assumptions(llm: Llm, workload: Workload, gpu_types: Iterable[GpuType], profile: Engine) -> tuple[str, ...]:
+    """One sentence for each thing that nobody measured or that does not quite fit together."""
+    said = []
+    measured_engine = profile.name in catalog.table("engines")["engines"]
+    said.append(
+        f"engine profile {profile.name}: "
+        + ("fitted to measured steps of Llama-2-70B" if measured_engine else "an estimate, fitted to nothing")
+    )
+    kernels = catalog.table("efficiencies")["gpus"]
+    for gpu in sorted(gpu_types, key=lambda each: each.name):
+        source = gpu.efficiency or gpu.name
+        if source not in kernels:
+            said.append(f"{gpu.name}: kernel efficiencies of the {DEFAULT} GPU, an L40S; its own are not known")
+        elif source != gpu.name:
+            said.append(f"{gpu.name}: kernel efficiencies of the {source}; its own are not known")
+        if measured_engine and gpu.name not in profile.hosts and gpu.efficiency not in profile.hosts:
+            said.append(f"{gpu.name}: a host as slow as the slowest of those measured")
+    limit = llm.max_position_embeddings
+    beyond = sum(p.weight for p in workload.lengths if p.prompt_tokens + p.output_tokens > limit)
+    if beyond > 0:
+        said.append(f"{beyond:.1%} of {workload.name}'s requests are longer than the {limit} tokens of {llm.name}")
+    return tuple(said)
