@@ -17,6 +17,7 @@ from hexgen2.cli.fit import fit_command
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
 from hexgen2.cli.options import serve_and_exit, service_command
+from hexgen2.cli.plan import plan_command
 from hexgen2.cli.prepare import prepare
 from hexgen2.cli.status import show_status
 from hexgen2.config import CoordinatorConfig, GatewayConfig, WorkerConfig
@@ -60,6 +61,7 @@ def main() -> None:
       hexgen2 generate "Tell a joke"    in another terminal: ask it
       hexgen2 trace last                see where the time went
       hexgen2 status                    see the replicas and what they do
+      hexgen2 plan --example DIR        files to plan a cluster of your own with
 
     Without a model of your own SmolLM2-135M-Instruct is used. Models, logs and traces are kept in
     ~/.cache/hexgen2, or where HEXGEN2_HOME says.
@@ -146,6 +148,7 @@ main.add_command(
 )
 
 
+main.add_command(plan_command)
 main.add_command(fit_command)
 
 

@@ -31,7 +31,7 @@ class Limits:
     def of(fabric: Fabric, cost: CostModel) -> "Limits":
         """Twice what the smallest GPU needs to hold the model, or a usual machine; less mixed on larger clusters."""
         least = [ceil(cost.llm.weight_bytes / max(1.0, cost.usable_bytes(kind.gpu))) for kind in fabric.kinds]
-        size = max(USUAL_MACHINE, *(2 * each for each in least if each <= fabric.num_gpus))
+        size = max([USUAL_MACHINE, *(2 * each for each in least if each <= fabric.num_gpus)])
         one_site = any(
             sum(
                 fabric.pools[pool].count * cost.usable_bytes(fabric.kinds[fabric.pools[pool].kind].gpu)

@@ -76,11 +76,11 @@ class KvNetwork:
         for link in cluster.site_links:
             for a, b in (link.between, link.between[::-1]):
                 self._limits["site", a, b] = link.bandwidth_bytes_per_s
-        self._pairs = set()
+        self._pairs: set[tuple[int, int]] = set()
         for link in cluster.machine_links:
-            a, b = (numbers[name] for name in link.between)
-            self._pairs |= {(a, b), (b, a)}
-            self._limits["link", a, b] = self._limits["link", b, a] = link.bandwidth_bytes_per_s
+            one, other = (numbers[name] for name in link.between)
+            self._pairs |= {(one, other), (other, one)}
+            self._limits["link", one, other] = self._limits["link", other, one] = link.bandwidth_bytes_per_s
 
     def replica(self, role: str, choice: Choice) -> Replica:
         """The node that a group with its strategy becomes."""

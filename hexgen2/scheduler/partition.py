@@ -211,7 +211,8 @@ def _best_exchange(useful: Floats, p: Floats, d: Floats, prefill: Bools, floor: 
     if max(alone[one], swap.flat[pair]) <= enough:
         return None
     a, b = divmod(pair, len(p))
-    return (ones == one) if alone[one] >= swap.flat[pair] else (ones == a) | (ones == b)
+    chosen: Bools = (ones == one) if alone[one] >= swap.flat[pair] else (ones == a) | (ones == b)
+    return chosen
 
 
 def project(fabric: Fabric, parts: Sequence[Parts], roles: Mapping[int, str]) -> State:

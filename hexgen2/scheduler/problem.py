@@ -83,15 +83,25 @@ class Problem:
         )
         return tuple(each for each in found if each.prefill_rps or each.decode_rps or each.colocated_rps)
 
+    @cached_property
+    def _bounds(self) -> dict[tuple[str, tuple[str, ...]], Bound]:
+        return {}
+
     def lp(self, roles: tuple[str, ...]) -> Bound:
         """The linear bound on plans with these roles."""
-        return lp_bound(self.columns(roles), self.supply)
+        key = ("LP", roles)
+        if key not in self._bounds:
+            self._bounds[key] = lp_bound(self.columns(roles), self.supply)
+        return self._bounds[key]
 
     def bound(self, roles: tuple[str, ...]) -> Bound:
         """The tighter bound where it is affordable."""
         if self.fabric.num_gpus > MILP_GPUS:
             return self.lp(roles)
-        return milp_bound(self.columns(roles), self.supply)
+        key = ("MILP", roles)
+        if key not in self._bounds:
+            self._bounds[key] = milp_bound(self.columns(roles), self.supply)
+        return self._bounds[key]
 
     def check(self) -> None:
         """Raises ConfigError, saying what would help, when no group can serve the model."""

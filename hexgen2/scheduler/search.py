@@ -16,7 +16,7 @@ from hexgen2.scheduler.baselines import distserve, genetic, vllm_replicas
 from hexgen2.scheduler.exhaustive import exhaustive
 from hexgen2.scheduler.groups import COLOCATED
 from hexgen2.scheduler.lp_start import lp_start
-from hexgen2.scheduler.moves import GUIDED, Mover
+from hexgen2.scheduler.moves import Mover
 from hexgen2.scheduler.partition import first_phase, number_of_groups
 from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
 from hexgen2.scheduler.refine import Refined, able, annealing, climbing, refine
@@ -27,7 +27,7 @@ PHASE_ONE_GPUS = 160
 #: The long searches that the best two starts get, each with a seed of its own.
 LONG_SEARCHES = 6
 #: A plan this near to the bound is not searched any further.
-CLOSE = 1e-4
+CLOSE = 3e-4
 #: Another kind of plan must be better by this share of the flow to be chosen over a disaggregated one.
 WORTH_CHANGING = 1e-3
 
@@ -274,6 +274,3 @@ def strategy(name: str) -> Callable[[Problem, Effort], Found]:
     if name not in STRATEGIES:
         raise ConfigError(f"strategy: no `{name}`; there are: {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
-
-
-__all__ = ["GUIDED", "STRATEGIES", "Effort", "Found", "strategy"]

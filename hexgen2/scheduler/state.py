@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hexgen2.scheduler.fabric import Fabric, Parts
-from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Groups
+from hexgen2.scheduler.groups import DECODE, PREFILL, Groups
 from hexgen2.scheduler.kv_network import KvNetwork, Replica
 
 
@@ -51,14 +51,14 @@ def parts_of(counts: dict[int, int]) -> Parts:
 
 
 class Judge:
-    """Flows of states, in requests per second. ``num_flows`` counts how many needed a network."""
+    """Flows of states, in requests per second. ``num_flows`` counts how many needed a network, ``network``."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self.fabric = groups.fabric
         self.num_flows = 0
         self._replicas: dict[Group, Replica | None] = {}
-        self._network = KvNetwork(groups.fabric, groups.cost)
+        self.network = KvNetwork(groups.fabric, groups.cost)
 
     def rate(self, group: Group) -> float:
         """Of one group in its role; 0 when it cannot have it."""
@@ -83,7 +83,7 @@ class Judge:
         """The group as a node of the network; None when it cannot have its role."""
         if group not in self._replicas:
             choice = self.groups.choice(group.role, group.parts)
-            self._replicas[group] = self._network.replica(group.role, choice) if choice else None
+            self._replicas[group] = self.network.replica(group.role, choice) if choice else None
         return self._replicas[group]
 
     def replicas(self, state: State) -> tuple[Replica, ...]:
@@ -93,29 +93,26 @@ class Judge:
     def flow(self, state: State) -> float:
         """What the search maximises: exact unless a replica spans machines whose network cards bind."""
         replicas = self.replicas(state)
-        if not self._network.may_bind(replicas):
+        if not self.network.may_bind(replicas):
             return self.ceiling(state)
         self.num_flows += 1
-        return self._network.flow(replicas)
+        return self.network.flow(replicas)
 
     def verified(self, state: State) -> float:
         """The flow with every network card's traffic added up, by a linear program: the figure that is published."""
         replicas = self.replicas(state)
-        if not self._network.may_bind(replicas):
+        if not self.network.may_bind(replicas):
             return self.ceiling(state)
-        return self._network.verify(replicas).rps
+        return self.network.verify(replicas).rps
 
     def starved(self, state: State) -> tuple[str, frozenset[int], frozenset[int]]:
         """The role to strengthen, groups (by position) behind the minimum cut, and machines whose cards are in it."""
         prefill, decode = self.sums(state.groups)
         role = PREFILL if prefill < decode else DECODE
         replicas = self.replicas(state)
-        if not self._network.may_bind(replicas):
+        if not self.network.may_bind(replicas):
             needy = frozenset(i for i, group in enumerate(state.groups) if group.role == role)
             return role, needy, frozenset()
         positions = [i for i, group in enumerate(state.groups) if self.replica(group) is not None]
-        cut, machines = self._network.cut(replicas)
+        cut, machines = self.network.cut(replicas)
         return role, frozenset(positions[i] for i in cut), machines
-
-
-__all__ = ["COLOCATED", "DECODE", "PREFILL", "Group", "Judge", "State", "parts_of"]

@@ -1,0 +1,189 @@
+"""``hexgen2 plan``: from a cluster, a model and a workload to a plan.yaml, a table and a report."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hexgen2 import llm as llms
+from hexgen2.cluster_file import find_cluster
+from hexgen2.errors import ConfigError
+from hexgen2.placement import Placement, ReplicaPlan, to_yaml
+from hexgen2.planner_examples import write_examples
+from hexgen2.scheduler.problem import Problem
+from hexgen2.scheduler.schedule import EVALUATIONS, KINDS, solve
+from hexgen2.scheduler.search import STRATEGIES
+from hexgen2.workload_file import find_workload
+
+COLOURS = {"prefill": "blue", "decode": "green", "colocated": "magenta"}
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+@click.command("plan")
+@click.argument("cluster", required=False)
+@click.option("--model", help="A catalog name (llama-2-70b, opt-30b ...) or a Hugging Face config.json.")
+@click.option(
+    "--workload", default="hphd", show_default=True, help="HPLD, HPHD, LPHD, LPLD, a workload.yaml or a trace."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan.yaml here.")
+@click.option("--strategy", default="hexgen2", show_default=True, type=click.Choice(list(STRATEGIES)))
+@click.option("--kind", default="auto", show_default=True, type=click.Choice(list(KINDS)), help="What a plan may be.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--evaluations", type=click.IntRange(min=1), default=EVALUATIONS, show_default=True, help="Of the search."
+)
+@click.option("--jobs", type=int, default=1, show_default=True, help="Processes; -1: one per core. Changes no plan.")
+@click.option("--ttft", type=POSITIVE, metavar="S", help="Limit of the time to first token; wins over the workload's.")
+@click.option(
+    "--tpot", type=POSITIVE, metavar="S", help="Limit of the time per output token; wins over the workload's."
+)
+@click.option("--weight-dtype", help="What weights are kept in: fp8, int4 ...; default: as published.")
+@click.option("--kv-dtype", help="What KV is kept in; default: as the weights, at least 8 bits.")
+@click.option(
+    "--example", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write files to start from."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def plan_command(cluster: str | None, model: str | None, example: Path | None, **options: Any) -> None:
+    """Plan which GPUs of CLUSTER do prefill and which decode, how each replica is parallel, and what flows where.
+
+    CLUSTER is a cluster.yaml or an example's name: paper-baseline, paper-setting-1 ... paper-setting-5, workstation,
+    three-machines, multi-site-N with N GPUs.
+
+    \b
+      hexgen2 plan --example here
+      hexgen2 plan here/cluster.yaml --model llama-3.1-8b --workload here/workload.yaml -o plan.yaml
+    """
+    if example is not None:
+        if cluster is not None:
+            raise click.UsageError("--example writes files and plans nothing: give it without CLUSTER")
+        for path in write_examples(example):
+            click.echo(f"wrote {path}")
+        return
+    if cluster is None or model is None:
+        raise click.UsageError(
+            "CLUSTER and --model are needed; `hexgen2 plan --example DIR` writes files to start from"
+        )
+    make_plan(cluster, model, **options)
+
+
+def make_plan(
+    cluster: str,
+    model: str,
+    *,
+    workload: str,
+    output: Path | None,
+    as_json: bool,
+    ttft: float | None,
+    tpot: float | None,
+    weight_dtype: str | None,
+    kv_dtype: str | None,
+    **search: Any,
+) -> None:
+    """The command's work. Raises ConfigError."""
+    limits = {name: value for name, value in (("ttft_s", ttft), ("tpot_s", tpot)) if value is not None}
+    problem = Problem(
+        find_cluster(cluster),
+        llms.find(model, weight_dtype=weight_dtype, kv_dtype=kv_dtype),
+        find_workload(workload).model_copy(update=limits),
+    )
+    found = with_progress(problem, **search)
+    if output is not None:
+        try:
+            output.write_text(to_yaml(found), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{output}: {error.strerror}") from error
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+        return
+    show(found, Console())
+    if output is not None:
+        click.echo(f"wrote {output}")
+
+
+def with_progress(problem: Problem, strategy: str, **search: Any) -> Placement:
+    """Solve, with a bar on standard error where somebody sees it."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[flow]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("costs of groups", total=1.0, flow="")
+
+        def tell(what: str, share: float, flow: float) -> None:
+            bar.update(task, description=what, completed=share, flow=f"{flow:.3g} requests/s")
+
+        return solve(problem, strategy, progress=tell, **search)
+
+
+def show(plan: Placement, console: Console) -> None:
+    """The plan as a table and a few sentences."""
+    console.print(
+        f"[bold]{plan.throughput_rps:.3g} requests/s[/] ({plan.output_tokens_per_s:,.0f} output tokens/s) of "
+        f"{plan.workload} with {plan.model} on {plan.cluster}: {plan.kind}"
+    )
+    console.print(f"{plan.why}; bottleneck: {plan.bottleneck}")
+    table = Table(
+        "replica", "GPUs", "stages (TP x layers)", "does", "of", "batch", "time", box=None, padding=(0, 2, 0, 0)
+    )
+    for column in (3, 4, 5, 6):
+        table.columns[column].justify = "right"
+    for replica in plan.replicas:
+        colour = COLOURS[replica.role]
+        table.add_row(
+            f"[{colour}]{replica.id}[/]",
+            gpus(replica),
+            stages(replica),
+            f"{replica.flow_rps:.3g}/s",
+            f"{replica.capacity_rps:.3g}/s",
+            str(replica.batch or ""),
+            times(replica),
+        )
+    console.print(table)
+    for idle in plan.idle:
+        console.print(f"idle: {idle.count} {idle.gpu} on {idle.machine}")
+    for route in plan.routes if len(plan.routes) <= 20 else ():
+        console.print(
+            f"{route.prefill} -> {route.decode}: {route.flow_rps:.3g}/s, KV in {route.transfer_s * 1e3:.0f} ms",
+            highlight=False,
+        )
+    if len(plan.routes) > 20:
+        console.print(f"{len(plan.routes)} routes: see the plan.yaml")
+    ttft = "more than the replicas carry" if plan.ttft_s is None else f"{plan.ttft_s:.3g} s"
+    console.print(f"at {plan.load_rps:.3g} requests/s: TTFT {ttft}, TPOT {plan.tpot_s * 1e3:.3g} ms", highlight=False)
+    if plan.gap is not None:
+        console.print(
+            f"bound ({plan.bound_method}): {plan.bound_rps:.4g}/s; this is {plan.gap:.1%} below it", highlight=False
+        )
+    else:
+        console.print("no bound: a group is larger or more mixed than those that the bound counts")
+    if plan.price_per_hour is not None:
+        million = plan.price_per_million_output_tokens or 0.0
+        console.print(f"{plan.price_per_hour:.2f} $/h, {million:.2f} $ per million output tokens", highlight=False)
+
+
+def gpus(replica: ReplicaPlan) -> str:
+    """``2 A100-SXM on a, 4 L40 on b``."""
+    return ", ".join(f"{count} {gpu} on {machine}" for (machine, gpu), count in replica.gpus.items())
+
+
+def stages(replica: ReplicaPlan) -> str:
+    """``4x40, 2x20, 2x20``."""
+    return ", ".join(f"{stage.tensor_parallel_size}x{stage.num_layers}" for stage in replica.stages)
+
+
+def times(replica: ReplicaPlan) -> str:
+    """Prefill's seconds, decode's per token, or both."""
+    parts = []
+    if replica.prefill_s is not None:
+        parts.append(f"{replica.prefill_s:.2f} s")
+    if replica.tpot_s is not None:
+        parts.append(f"{replica.tpot_s * 1e3:.0f} ms")
+    return " ".join(parts)

@@ -1,0 +1,134 @@
+"""A planned placement: which GPUs form which replica, how it is parallel, what flows where, and how good that is.
+
+``plan.yaml`` as `hexgen2 plan` writes it. The plan that runs (``plan.Plan``) has addresses and epochs; this one has
+machines and GPUs, before anything runs.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from hexgen2.config_file import load
+
+ReplicaRole = Literal["prefill", "decode", "colocated"]
+
+
+class Part(BaseModel):
+    """Base: unknown fields are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StagePlan(Part):
+    """A pipeline stage: ``num_layers`` from ``first_layer`` on GPUs of one type in one machine."""
+
+    machine: str
+    gpu: str
+    tensor_parallel_size: int = Field(ge=1)
+    first_layer: int = Field(ge=0)
+    num_layers: int = Field(ge=1)
+
+
+class ReplicaPlan(Part):
+    """One whole copy of the model. Rates are in requests per second."""
+
+    id: str
+    role: ReplicaRole
+    stages: tuple[StagePlan, ...] = Field(min_length=1)
+    capacity_rps: float = Field(ge=0, description="what it could serve")
+    flow_rps: float = Field(ge=0, description="what the plan gives it")
+    utilisation: float = Field(ge=0)
+    prefill_s: float | None = Field(None, description="mean seconds to the first token of a request that is alone")
+    tpot_s: float | None = Field(None, description="time per output token with `batch` requests in flight")
+    batch: int | None = Field(None, description="requests in flight at capacity")
+
+    @property
+    def num_gpus(self) -> int:
+        """In all stages."""
+        return sum(stage.tensor_parallel_size for stage in self.stages)
+
+    @property
+    def gpus(self) -> dict[tuple[str, str], int]:
+        """GPUs by (machine, type)."""
+        counts: dict[tuple[str, str], int] = {}
+        for stage in self.stages:
+            place = (stage.machine, stage.gpu)
+            counts[place] = counts.get(place, 0) + stage.tensor_parallel_size
+        return counts
+
+
+class RoutePlan(Part):
+    """Requests per second that a prefill replica hands over to a decode replica."""
+
+    prefill: str
+    decode: str
+    flow_rps: float = Field(gt=0)
+    transfer_s: float = Field(ge=0, description="a mean prompt's KV, when nobody else uses the links")
+    codec: str = Field("raw", description="how the KV is written")
+
+
+class LinkPlan(Part):
+    """A network card or a link that carries KV or hidden states."""
+
+    name: str
+    bytes_per_s: float = Field(ge=0)
+    bandwidth_bytes_per_s: float = Field(gt=0)
+    utilisation: float = Field(ge=0)
+
+
+class IdlePlan(Part):
+    """GPUs without work: more of them would not raise the flow."""
+
+    machine: str
+    gpu: str
+    count: int = Field(ge=1)
+
+
+class RunnerUp(Part):
+    """Another plan that was found, and what it carries."""
+
+    kind: str
+    throughput_rps: float
+    replicas: tuple[str, ...] = Field(description="each as `role: GPUs`")
+
+
+class Placement(Part):
+    """A plan.yaml."""
+
+    version: Literal[1] = 1
+    cluster: str
+    model: str
+    workload: str
+    kind: Literal["disaggregated", "colocated", "mixed"]
+    why: str
+    throughput_rps: float = Field(ge=0, description="the largest flow, at utilisation 1")
+    bottleneck: str
+    bound_rps: float | None = Field(None, description="no plan with groups as these carries more")
+    bound_method: str | None = None
+    gap: float | None = Field(None, description="(bound - throughput) / bound")
+    ttft_s: float | None = Field(description="mean time to first token at `load_rps`, waiting included; null: too much")
+    tpot_s: float = Field(description="mean time per output token with the batches of the replicas")
+    load_rps: float = Field(description="the workload's rate, or 75 % of the throughput")
+    output_tokens_per_s: float
+    price_per_hour: float | None = None
+    price_per_million_output_tokens: float | None = None
+    strategy: str
+    seed: int
+    evaluations: int
+    replicas: tuple[ReplicaPlan, ...]
+    routes: tuple[RoutePlan, ...]
+    links: tuple[LinkPlan, ...]
+    idle: tuple[IdlePlan, ...]
+    runners_up: tuple[RunnerUp, ...] = ()
+
+
+def to_yaml(placement: Placement) -> str:
+    """The text of a plan.yaml. The same placement gives the same bytes."""
+    return yaml.safe_dump(placement.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def load_placement(path: Path) -> Placement:
+    """Read a plan.yaml. Raises ConfigError with file, line and field of every problem."""
+    return load(path, Placement)
