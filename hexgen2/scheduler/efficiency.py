@@ -56,7 +56,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine profile: host times by GPU (its usual host), limits of a step, and how good its attention is."""
+    """An engine profile: host times by GPU (its usual host), limits of a step, and its attention."""
 
     name: str
     hosts: Mapping[str, Host]
@@ -64,11 +64,8 @@ class Engine:
     max_num_batched_tokens: int
     #: What every prefill step takes beside launching and kernels.
     prefill_s: float
-    #: Times of attention, as multiples of the kernels that were measured apart.
+    #: Time of attention over prompts, as a multiple of the kernels that were measured apart.
     prompt_attention_factor: float
-    cached_attention_factor: float
-    #: Without support for grouped queries each query head reads its KV head's cache anew.
-    reads_kv_per_query_head: bool
 
     def host(self, gpu: GpuType) -> Host:
         """Of machines with that GPU (or the one whose efficiencies it has), or what is usual."""

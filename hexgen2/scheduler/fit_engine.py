@@ -31,12 +31,12 @@ STEP_SHARE = 0.1
 SAME_HOST: Mapping[str, str] = {"H200-SXM": "H100-SXM"}
 
 #: Of a step, in both phases; not fitted.
-LIMITS: Mapping[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "reads_kv_per_query_head": True}
+LIMITS: Mapping[str, Any] = {"max_num_seqs": 256, "max_num_batched_tokens": 2048}
 
 #: Per GPU: host ms per step, host µs per request, serial ps per token, layer and element.
 HOST_START, HOST_LOW, HOST_HIGH = [35.0, 200.0, 60.0, 20.0], [1.0, 0.0, 0.0, 0.0], [100.0, 2000.0, 1000.0, 1000.0]
-#: For all: ms of a prefill step beside launching; factors of attention, within what older kernels can be blamed for.
-START, LOW, HIGH = [20.0, 1.5, 2.0], [0.0, 1.0, 1.0], [100.0, 4.0, 4.0]
+#: For all: ms of a prefill step beside launching; factor of attention, within what older kernels can be blamed for.
+START, LOW, HIGH = [20.0, 1.5], [0.0, 1.0], [100.0, 4.0]
 
 
 class Prediction(NamedTuple):
@@ -101,11 +101,10 @@ def _entry(gpus: Sequence[str], x: Array) -> dict[str, Any]:
     for gpu, like in SAME_HOST.items():
         if like in hosts:
             hosts[gpu] = dict(hosts[like])
-    prefill_ms, prompt_factor, cached_factor = (float(value) for value in x[4 * len(gpus) :])
+    prefill_ms, prompt_factor = (float(value) for value in x[4 * len(gpus) :])
     return {
         **LIMITS,
         "prefill_s": prefill_ms * 1e-3,
         "prompt_attention_factor": prompt_factor,
-        "cached_attention_factor": cached_factor,
         "hosts": hosts,
     }

@@ -56,11 +56,8 @@ class Kernels:
         # More GPUs than KV heads keep copies: each then reads one whole head.
         share = min(self.tensor_parallel_size, llm.num_kv_heads)
         read = batch * np.asarray(context_tokens, float) * llm.kv_bytes_per_token_layer / share
-        if self.engine.reads_kv_per_query_head:
-            read = read * llm.num_heads / self.tensor_parallel_size / (llm.num_kv_heads / share)
         bandwidth = self.gpu.memory_bandwidth_bytes_per_s * rates.attention_memory
-        attention_s = rates.cached_attention_s + read / bandwidth * self.engine.cached_attention_factor
-        return np.asarray(self._layer_s(batch) + attention_s)
+        return np.asarray(self._layer_s(batch) + rates.cached_attention_s + read / bandwidth)
 
     def head_s(self, positions: Any) -> Numbers:
         """Of the output head for so many positions."""

@@ -22,7 +22,6 @@ from hexgen2.scheduler.cost import (
     memory_bytes,
     prefill_seconds,
 )
-from hexgen2.scheduler.efficiency import engine
 from hexgen2.scheduler.kernels import blended_max
 from hexgen2.workload import LengthClass, Workload
 from hexgen2.workload_file import find_workload
@@ -198,15 +197,16 @@ def test_quantised_weights_make_decode_faster_and_leave_room() -> None:
     assert memory_bytes(small) < memory_bytes(plain) / 2
 
 
-def test_a_profile_without_grouped_queries_reads_more() -> None:
-    old, new = engine("measured-2023"), engine("assumed-cuda-graphs")
-    assert old.reads_kv_per_query_head
-    assert not new.reads_kv_per_query_head
-    times = [
-        decode_step_seconds(MODEL, "H100-SXM", tensor_parallel_size=4, batch=64, context_tokens=4000, engine=each.name)
-        for each in (old, new)
-    ]
-    assert times[0] > 2 * times[1]
+def test_a_newer_engine_is_faster_where_its_host_matters() -> None:
+    one, many = (
+        [
+            decode_step_seconds(MODEL, "H100-SXM", tensor_parallel_size=4, batch=batch, context_tokens=500, engine=name)
+            for name in ("measured-2023", "assumed-cuda-graphs")
+        ]
+        for batch in (1, 64)
+    )
+    assert one[1] < 0.8 * one[0]
+    assert many[1] < 0.8 * many[0]
 
 
 def test_unknown_names_are_told_with_the_likely_ones() -> None:
