@@ -47,8 +47,11 @@ log = getLogger(__name__)
 
 #: ``put`` announces what it has once this much waits; a step's rest follows with ``flush``.
 ANNOUNCE_BYTES = 1 << 20
-#: How long the thread sleeps between polls while a read is open: latency against CPU.
+#: How long the thread sleeps between polls while a read of its own is open: latency against CPU.
 POLL_S = 0.0002
+#: And while peers may be reading from here, which moves their bytes by itself or needs us rarely. Five times the
+#: polls cost five times as much of the core that the engine computes on.
+SERVE_POLL_S = 0.001
 START_TIMEOUT_S = 60.0
 
 
@@ -219,7 +222,7 @@ class KvAgent:
                 poll = self._transport.needs_poll() or bool(self._puts)
                 events = selector.select(0 if poll else None)
                 if poll and not events:
-                    sleep(POLL_S)
+                    sleep(POLL_S if self._staging.num_reading or self._puts else SERVE_POLL_S)
                 for key, _ in events:
                     if key.fileobj is self._wake_out:
                         self._wake_out.recv(4096)
