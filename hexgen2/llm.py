@@ -158,8 +158,7 @@ def _from_config(path: Path) -> dict[str, Any]:
     text = config.get("text_config", config)
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: text_config: not a mapping")
-    if "kv_lora_rank" in text:
-        raise ConfigError(f"{path}: kv_lora_rank: models with latent attention (MLA) are not supported yet")
+    _refuse_unknown_kinds(path, text)
     kind = str(text.get("model_type", ""))
     heads, hidden = _count(path, text, "num_attention_heads"), _count(path, text, "hidden_size")
     experts = next((text[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(key)), 1)
@@ -183,6 +182,21 @@ def _from_config(path: Path) -> dict[str, Any]:
         "weight_dtype": dtype,
         "kv_dtype": "bfloat16" if BYTES[dtype] < 2 else dtype,
     }
+
+
+def _refuse_unknown_kinds(path: Path, config: Mapping[str, Any]) -> None:
+    """What would make these sizes wrong in silence."""
+    if "kv_lora_rank" in config:
+        raise ConfigError(f"{path}: kv_lora_rank: models with latent attention (MLA) are not supported yet")
+    for field in ("shared_expert_intermediate_size", "n_shared_experts", "mlp_only_layers"):
+        if config.get(field):
+            raise ConfigError(f"{path}: {field}: layers beside the experts are not supported yet")
+    if config.get("is_encoder_decoder"):
+        raise ConfigError(f"{path}: is_encoder_decoder: only decoder models are supported")
+    if other := sorted(
+        {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
+    ):
+        raise ConfigError(f"{path}: layer_types: {', '.join(other)}: only attention layers are supported")
 
 
 def _count(path: Path, config: Mapping[str, Any], field: str) -> int:

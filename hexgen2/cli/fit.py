@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 @click.option(
     "--data",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    default=Path("../shared/data"),
-    show_default=True,
-    help="Folder with the measured tables.",
+    required=True,
+    help="Folder with the measured tables, which docs/cost-model.md names.",
 )
 @click.option(
     "--judge",
