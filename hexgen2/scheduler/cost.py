@@ -384,3 +384,25 @@ def memory_bytes(
         + STAGING_BYTES
         + max(costs.weight_bytes_per_gpu(stages, number) + stage.num_layers * kv for number, stage in enumerate(stages))
     )
+
+
+def fits(
+    model: str | Llm,
+    gpu: str | GpuType,
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    batch: int = 1,
+    tokens: int = 0,
+) -> bool:
+    """Whether the model, split so, and KV of ``batch`` requests of ``tokens`` each fit into the GPUs' memory."""
+    llm = llms.find(model) if isinstance(model, str) else model
+    kind = catalog_gpu(gpu) if isinstance(gpu, str) else gpu
+    needed = memory_bytes(
+        llm,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        batch=batch,
+        tokens=tokens,
+    )
+    return llm.allows_tensor_parallel_size(tensor_parallel_size) and needed <= kind.memory_bytes * MEMORY_UTILIZATION

@@ -1,6 +1,8 @@
 """The cost model: its limits, its orders, and figures that can be checked in the head."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from hexgen2.scheduler.cost import (
     batch_grid,
     decode_step_seconds,
     even_stages,
+    fits,
     kv_bytes,
     memory_bytes,
     prefill_seconds,
@@ -138,6 +141,27 @@ def test_three_gpus_of_48_gb_do_not_hold_llama_70b_and_four_do() -> None:
     assert costs.fits(replica("L40", 4, 1))
     assert costs.prefill_rate(replica("L40", 1, 3)) == 0.0
     assert costs.decode_rate(replica("L40", 1, 3)).rate == 0.0
+
+
+def test_what_fits_is_told_by_model_gpu_and_degrees() -> None:
+    assert not fits(MODEL, "L40", pipeline_parallel_size=3)
+    assert fits(MODEL, "L40", pipeline_parallel_size=4)
+    assert fits(MODEL, "A100-SXM", tensor_parallel_size=2)
+    assert not fits(MODEL, "A100-SXM", tensor_parallel_size=2, batch=64, tokens=2048)
+    assert not fits(MODEL, "H200-SXM", tensor_parallel_size=3)
+
+
+def test_the_pages_examples_run() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "cost-model.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    found: dict[str, object] = {}
+    exec(
+        "\n".join(
+            f"last = {line}" if line[:1].islower() and "import" not in line else line for line in example.splitlines()
+        ),
+        found,
+    )
+    assert found["last"] == memory_bytes(MODEL, tensor_parallel_size=4, batch=16, tokens=1024)
 
 
 def test_a_degree_that_does_not_divide_the_heads_does_not_fit() -> None:
