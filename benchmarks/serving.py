@@ -120,6 +120,8 @@ async def services(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]
                 async for response in stub.Generate(request, timeout=REQUEST_TIMEOUT_S):
                     if response.tokens:
                         yield [token.token_id for token in response.tokens]
+                    if response.finish_reason and not response.timing.HasField("kv"):
+                        click.echo(f"served without a hand-over by {response.timing.decode_replica_id}", err=True)
 
             yield ask
 
