@@ -22,7 +22,7 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 help: ## this list
 	@echo "HexGen-2: serve a language model with prefill and decode apart."
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "ENGINE=vllm installs vLLM for CUDA GPUs instead of for the CPU. Models and traces are kept in"
 	@echo "~/.cache/hexgen2, or where HEXGEN2_HOME says."
@@ -41,6 +41,14 @@ test: setup ## all tests
 
 .PHONY: check
 check: setup lint proto-check test ## formatting, lint, types, import rules, generated stubs, all tests
+
+.PHONY: bench-quality
+bench-quality: $(INSTALLED) ## plans of 50 small clusters against exhaustive search
+	$(BIN)/hexgen2 bench quality
+
+.PHONY: bench-scheduler
+bench-scheduler: $(INSTALLED) ## seconds that plans of 64 to 1,024 GPUs take
+	$(BIN)/hexgen2 bench scheduler
 
 .PHONY: lint
 lint: $(INSTALLED) ## formatting, lint, types and import rules alone

@@ -13,6 +13,7 @@ from rich.console import Console
 from hexgen2 import trace_tree, traces
 from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
+from hexgen2.cli.bench import bench
 from hexgen2.cli.fit import fit_command
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
@@ -149,6 +150,7 @@ main.add_command(
 
 
 main.add_command(plan_command)
+main.add_command(bench)
 main.add_command(fit_command)
 
 

@@ -21,7 +21,7 @@ GUIDED = 0.8
 
 
 #: Steps by name, those that are drawn more often repeated.
-STEPS = ("give", "give", "flip", "swap", "merge", "split", "found", "dissolve")
+STEPS = ("give", "give", "flip", "swap", "merge", "split", "found", "dissolve", "remake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Mover:
             return self._found(state, hint, chance)
         steps = self._steps
         if hint.machines and self._all:
-            steps = [*steps, self._bring_together, self._bring_together, self._bring_together]
+            steps = [*steps, self._bring_together, self._bring_together, self._remake, self._remake]
         step: Step = steps[chance.randrange(len(steps))]
         return step(state, hint, chance)
 
@@ -168,6 +168,38 @@ class Mover:
             wider = _add(grown, pool, count)
             grown = wider if self._limits.allow(self._fabric, wider.parts) else grown
         return self._with(state, {donor, to}, [grown])
+
+    def _remake(self, state: State, hint: Hint, chance: Random) -> State | None:
+        """All groups on one or two machines become two or three new ones that are spread over both.
+
+        Prefill and decode over the same machines keep each layer's KV inside a machine, where cards are slow; single
+        steps lead there only through worse states.
+        """
+        pools = self._fabric.pools
+        machines = set()
+        for chosen in (_pick(range(len(state.groups)), chance), _pick(range(len(state.groups)), chance)):
+            machines.add(pools[_pick(state.groups[chosen].parts, chance)[0]].machine)
+        within = {
+            i for i, group in enumerate(state.groups) if all(pools[pool].machine in machines for pool, _ in group.parts)
+        }
+        left = {pool: n for pool, n in enumerate(state.free) if n and pools[pool].machine in machines}
+        for i in within:
+            for pool, count in state.groups[i].parts:
+                left[pool] = left.get(pool, 0) + count
+        made: list[Group] = []
+        roles = list(self._roles)
+        chance.shuffle(roles)
+        for number in range(chance.choice((2, 2, 3))):
+            counts = {}
+            for pool in sorted(left):
+                half = left[pool] // 2 if chance.random() < 0.3 else chance.randint(0, left[pool])
+                counts[pool] = half
+                left[pool] -= half
+            made.append(Group(roles[number % len(roles)], parts_of(counts)))
+        # What is left joins the last that was made.
+        last = dict(made[-1].parts)
+        made[-1] = Group(made[-1].role, parts_of({pool: last.get(pool, 0) + n for pool, n in left.items()}))
+        return self._with(state, within, made)
 
     def _bring_together(self, state: State, hint: Hint, chance: Random) -> State | None:
         """A group on a machine whose card is full and one elsewhere exchange GPUs of one kind, or change roles."""

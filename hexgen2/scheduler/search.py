@@ -19,7 +19,7 @@ from hexgen2.scheduler.lp_start import lp_start
 from hexgen2.scheduler.moves import Mover
 from hexgen2.scheduler.partition import first_phase, number_of_groups
 from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
-from hexgen2.scheduler.refine import Refined, able, annealing, climbing, refine
+from hexgen2.scheduler.refine import Accept, Refined, able, annealing, climbing, refine, warmer
 from hexgen2.scheduler.state import Judge, State
 
 #: On more GPUs than this the paper's first phase, O(n^3), is no start of the default strategy.
@@ -108,7 +108,8 @@ def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evalu
     if ranked[0].flow < bound.rps * (1 - CLOSE):
         long = max(1, (evaluations - used) // LONG_SEARCHES)
         tasks = [
-            (ranked[i % min(2, len(ranked))].state, long, effort.seed * 1_000_003 + 1000 + i)
+            # Each of the two best with both temperatures.
+            (ranked[i // 2 % min(2, len(ranked))].state, long, effort.seed * 1_000_003 + 1000 + i)
             for i in range(LONG_SEARCHES)
         ]
         tried = [*ranked, *_run(problem, effort, roles, tasks, "long searches")]
@@ -176,7 +177,9 @@ def _run(
                 effort.tell(what, (number + done / evaluations) / len(tasks), best)
 
             mover = Mover(problem.fabric, problem.limits, roles)
-            found.append(refine(problem.judge, mover, state, evaluations, seed, roles, progress=tell))
+            found.append(
+                refine(problem.judge, mover, state, evaluations, seed, roles, accept=_accept(seed), progress=tell)
+            )
         return found
     effort.tell(what, 0.0, 0.0)
     return list(Parallel(n_jobs=effort.jobs)(delayed(_search)(problem, roles, *task) for task in tasks))
@@ -184,7 +187,11 @@ def _run(
 
 def _search(problem: Problem, roles: tuple[str, ...], state: State, evaluations: int, seed: int) -> Refined:
     mover = Mover(problem.fabric, problem.limits, roles)
-    return refine(problem.judge, mover, state, evaluations, seed, roles)
+    return refine(problem.judge, mover, state, evaluations, seed, roles, accept=_accept(seed))
+
+
+def _accept(seed: int) -> Accept:
+    return warmer if seed % 2 else annealing
 
 
 def paper(problem: Problem, effort: Effort) -> Found:

@@ -12,7 +12,7 @@ from hexgen2.scheduler.groups import DECODE, PREFILL, Groups
 from hexgen2.scheduler.kv_network import KvNetwork, Replica
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Group:
     """One replica: its role and its GPUs."""
 
@@ -58,6 +58,7 @@ class Judge:
         self.fabric = groups.fabric
         self.num_flows = 0
         self._replicas: dict[Group, Replica | None] = {}
+        self._flows: dict[tuple[Group, ...], float] = {}
         self.network = KvNetwork(groups.fabric, groups.cost)
 
     def rate(self, group: Group) -> float:
@@ -95,8 +96,13 @@ class Judge:
         replicas = self.replicas(state)
         if not self.network.may_bind(replicas):
             return self.ceiling(state)
-        self.num_flows += 1
-        return self.network.flow(replicas)
+        # Small clusters come back to the same states very often.
+        key = tuple(sorted(state.groups))
+        known = self._flows.get(key)
+        if known is None:
+            self.num_flows += 1
+            known = self._flows[key] = self.network.flow(replicas)
+        return known
 
     def verified(self, state: State) -> float:
         """The flow with every network card's traffic added up, by a linear program: the figure that is published."""
