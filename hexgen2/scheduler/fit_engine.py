@@ -14,7 +14,7 @@ from scipy.optimize import least_squares
 
 from hexgen2 import llm as llms
 from hexgen2.cluster_file import catalog_gpu
-from hexgen2.scheduler.cost import CostModel, even_stages
+from hexgen2.scheduler.cost_model import CostModel, even_stages
 from hexgen2.scheduler.efficiency import DEFAULT, Efficiency, make_engine
 from hexgen2.scheduler.fit_data import Measured
 from hexgen2.workload import LengthClass, Workload

@@ -11,19 +11,15 @@ from hypothesis import strategies as st
 from hexgen2 import llm
 from hexgen2.cluster_file import catalog_gpu
 from hexgen2.errors import ConfigError
-from hexgen2.scheduler.cost import (
+from hexgen2.scheduler.cost import decode_step_seconds, fits, kv_bytes, memory_bytes, prefill_seconds
+from hexgen2.scheduler.cost_model import (
     MEMORY_UTILIZATION,
     OVERHEAD_BYTES,
     STAGING_BYTES,
     CostModel,
     Stage,
     batch_grid,
-    decode_step_seconds,
     even_stages,
-    fits,
-    kv_bytes,
-    memory_bytes,
-    prefill_seconds,
 )
 from hexgen2.scheduler.kernels import blended_max
 from hexgen2.workload import LengthClass, Workload
