@@ -46,41 +46,46 @@ class Bound:
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
     colocated: tuple[float, ...]
-    #: What one more GPU of a (site, kind) adds, and one more request per second of prefill and of decode.
+    #: What one more GPU of a (site, kind) adds.
     gpu_worth: Mapping[tuple[str, int], float] = field(default_factory=dict)
-    role_worth: tuple[float, float] = (0.5, 0.5)
 
 
-def lp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int]) -> Bound:
-    """The bound with fractions of groups allowed. ``supply``: GPUs of each (site, kind)."""
-    program = _Program(columns, supply)
-    solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=(0, None), method="highs-ds")
+#: GPUs of each (site, kind), and requests per second whose KV the link from one site to another carries.
+Supply = Mapping[tuple[str, int], int]
+SiteLinks = Mapping[tuple[str, str], float]
+
+
+def lp_bound(columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None) -> Bound:
+    """The bound with fractions of groups allowed."""
+    program = _Program(columns, supply, site_links or {})
+    solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=program.bounds, method="highs-ds")
     if solved.status != 0:
         raise ValueError(f"no bound: {solved.message}")
     found = program.bound(-float(solved.fun), solved.x, "LP")
     worth = [-float(each) for each in solved.ineqlin.marginals]
     return replace(
         found,
-        gpu_worth={place: worth[2 + i] * program.unit for i, place in enumerate(sorted(supply))},
-        role_worth=(worth[0], worth[1]),
+        gpu_worth={place: worth[i] * program.unit for i, place in enumerate(sorted(supply))},
     )
 
 
-def milp_bound(columns: Sequence[Column], supply: Mapping[tuple[str, int], int], node_limit: int = NODE_LIMIT) -> Bound:
+def milp_bound(
+    columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None, node_limit: int = NODE_LIMIT
+) -> Bound:
     """The bound with whole groups: tighter on small clusters. Valid also when HiGHS stops before its optimum."""
-    program = _Program(columns, supply)
-    whole = np.ones(program.cost.size)
-    whole[-1] = 0
+    program = _Program(columns, supply, site_links or {})
+    whole = np.zeros(program.cost.size)
+    whole[: program.num_counts] = 1
     with _no_chatter():
         solved = milp(
             program.cost,
             constraints=LinearConstraint(program.rows, ub=program.limits),
             integrality=whole,
-            bounds=Bounds(0, np.inf),
+            bounds=Bounds(0, np.array([np.inf if most is None else most for _, most in program.bounds])),
             options={"node_limit": node_limit, "mip_rel_gap": 3e-4},
         )
     if solved.mip_dual_bound is None or solved.x is None:
-        return lp_bound(columns, supply)
+        return lp_bound(columns, supply, site_links)
     return program.bound(-float(solved.mip_dual_bound), solved.x, "MILP")
 
 
@@ -99,13 +104,14 @@ def _no_chatter() -> Iterator[None]:
 
 
 class _Program:
-    """minimise -F subject to F <= prefill + colocated, F <= decode + colocated, GPUs used <= supply.
+    """maximise the requests f(a, b) from site a's prefill to site b's decode, and what colocated groups do.
 
-    Variables: x (prefill), y (decode), z (colocated) of those columns that can have the role, then F. Rates are
-    divided by a power of two near the largest, so that a change of the time unit changes no bit of the answer.
+    sum_b f(a, b) <= prefill of a; sum_a f(a, b) <= decode of b; f(a, b) <= link; GPUs used <= supply. Variables: x
+    (prefill), y (decode), z (colocated) of those columns that can have the role, then f. Rates are divided by a
+    power of two near the largest, so that a change of the time unit changes no bit of the answer.
     """
 
-    def __init__(self, columns: Sequence[Column], supply: Mapping[tuple[str, int], int]) -> None:
+    def __init__(self, columns: Sequence[Column], supply: Supply, site_links: SiteLinks) -> None:
         self._columns = columns
         roles = (
             [column.prefill_rps for column in columns],
@@ -113,9 +119,13 @@ class _Program:
             [column.colocated_rps for column in columns],
         )
         self._used = [(role, i) for role, rates in enumerate(roles) for i, rate in enumerate(rates) if rate > 0]
+        self.num_counts = len(self._used)
         largest = max((roles[role][i] for role, i in self._used), default=1.0)
         self.unit = 2.0 ** frexp(largest)[1]
-        places = {place: row + 2 for row, place in enumerate(sorted(supply))}
+        places = {place: row for row, place in enumerate(sorted(supply))}
+        sites = {site: number for number, site in enumerate(sorted({site for site, _ in supply}))}
+        pairs = [(a, b) for a in sites for b in sites]
+        sends, receives = len(places), len(places) + len(sites)
         data, rows, cols = [], [], []
 
         def put(row: int, col: int, value: float) -> None:
@@ -123,23 +133,27 @@ class _Program:
             cols.append(col)
             data.append(value)
 
+        self.cost = np.zeros(self.num_counts + len(pairs))
         for variable, (role, i) in enumerate(self._used):
-            rate = roles[role][i] / self.unit
-            if role != 1:
-                put(0, variable, -rate)
-            if role != 0:
-                put(1, variable, -rate)
+            rate, site = roles[role][i] / self.unit, sites[columns[i].site]
+            if role == 2:
+                self.cost[variable] = -rate
+            else:
+                put((sends, receives)[role] + site, variable, -rate)
             for kind, count in columns[i].composition:
                 put(places[columns[i].site, kind], variable, count)
-        flow = len(self._used)
-        put(0, flow, 1.0)
-        put(1, flow, 1.0)
-        self.rows = csr_matrix((data, (rows, cols)), shape=(len(places) + 2, flow + 1))
-        self.limits = np.array([0.0, 0.0, *(float(supply[place]) for place in sorted(supply))])
-        self.cost = np.zeros(flow + 1)
-        self.cost[-1] = -1.0
+        self.bounds: list[tuple[float, float | None]] = [(0.0, None)] * self.num_counts
+        for variable, (a, b) in enumerate(pairs, start=self.num_counts):
+            self.cost[variable] = -1.0
+            put(sends + sites[a], variable, 1.0)
+            put(receives + sites[b], variable, 1.0)
+            link = site_links.get((a, b))
+            self.bounds.append((0.0, None if link is None or a == b else link / self.unit))
+        self.rows = csr_matrix((data, (rows, cols)), shape=(receives + len(sites), self.cost.size))
+        self.limits = np.array([*(float(supply[place]) for place in sorted(supply)), *[0.0] * (2 * len(sites))])
 
     def bound(self, flow: float, x: "np.ndarray[tuple[int], np.dtype[np.float64]]", method: str) -> Bound:
+        """Counts by column and role out of the variables."""
         counts = [[0.0] * len(self._columns) for _ in range(3)]
         for variable, (role, i) in enumerate(self._used):
             counts[role][i] = float(x[variable])

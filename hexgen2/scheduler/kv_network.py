@@ -25,7 +25,7 @@ from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
 UNITS = 30
 
 #: Up to so many replicas, of which one spans machines, the search itself asks the linear program.
-FEW = 16
+FEW = 8
 
 #: A card: ("out" or "in", machine); a link between sites: ("site", from, to); between machines: ("link", from, to).
 Wire = tuple[str, int | str] | tuple[str, int | str, int | str]
@@ -158,22 +158,16 @@ class KvNetwork:
             for i, replica in enumerate(replicas)
             if (replica.role == PREFILL and i not in side) or (replica.role == DECODE and i in side)
         )
-        machines = {
-            machine
-            for machine in range(len(self._fabric.nic))
-            for way, node in enumerate((count + 2 * machine, count + 2 * machine + 1))
-            if self._is_cut(network, node, way, side)
-        }
-        return needy, frozenset(machines)
-
-    @staticmethod
-    def _is_cut(network: Network, node: int, way: int, side: frozenset[int]) -> bool:
         # A card out is cut on its arc to the site, a card in on its arc from the site.
+        machines = set()
+        last = count + 2 * len(self._fabric.nic)
         for tail, head in zip(network.tails, network.heads, strict=True):
-            end = tail if way == 0 else head
-            if end == node and tail in side and head not in side:
-                return True
-        return False
+            if tail in side and head not in side:
+                if count <= tail < last and head >= last:
+                    machines.add((tail - count) // 2)
+                elif count <= head < last and tail >= last:
+                    machines.add((head - count) // 2)
+        return needy, frozenset(machines)
 
     def network(self, replicas: Sequence[Replica]) -> tuple[Network, float]:
         """The integer network, and the requests per second that one unit stands for.

@@ -13,7 +13,7 @@ from hexgen2.placement import (
 )
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
 from hexgen2.scheduler.kv_network import Routed, Wire
-from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
+from hexgen2.scheduler.problem import MIXED, SPLIT, Problem
 from hexgen2.scheduler.search import Found
 from hexgen2.scheduler.state import Group, State
 
@@ -146,11 +146,7 @@ def _bound(problem: Problem, state: State, roles: tuple[str, ...] | None) -> tup
     """Of all plans that were allowed; none where a group is outside the limits that the bound has columns for."""
     if not all(problem.limits.allow(problem.fabric, group.parts) for group in state.groups):
         return None, None
-    kind = {"disaggregated": SPLIT, "colocated": WHOLE, "mixed": MIXED}[_kind(state)]
-    bound = problem.bound(roles or (MIXED if kind != SPLIT else kind))
-    if roles is None and kind == SPLIT:
-        wider = problem.bound(MIXED)
-        bound = wider if wider.rps > bound.rps else bound
+    bound = problem.bound(roles or MIXED)
     return bound.rps, bound.method
 
 

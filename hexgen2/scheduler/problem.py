@@ -56,6 +56,17 @@ class Problem:
         return supply_of(self.fabric, self.limits)
 
     @cached_property
+    def site_links(self) -> dict[tuple[str, str], float]:
+        """Requests per second whose KV goes from one site to another; none where groups may cross sites."""
+        if not self.limits.one_site:
+            return {}
+        return {
+            (a, b): link.bandwidth_bytes_per_s / self.cost.kv_bytes_per_request
+            for link in self.cluster.site_links
+            for a, b in (link.between, link.between[::-1])
+        }
+
+    @cached_property
     def judge(self) -> Judge:
         """Judges states by the usual rule for strategies."""
         return Judge(Groups(self.fabric, self.cost, self.strategies))
@@ -91,7 +102,7 @@ class Problem:
         """The linear bound on plans with these roles."""
         key = ("LP", roles)
         if key not in self._bounds:
-            self._bounds[key] = lp_bound(self.columns(roles), self.supply)
+            self._bounds[key] = lp_bound(self.columns(roles), self.supply, self.site_links)
         return self._bounds[key]
 
     def bound(self, roles: tuple[str, ...]) -> Bound:
@@ -100,7 +111,7 @@ class Problem:
             return self.lp(roles)
         key = ("MILP", roles)
         if key not in self._bounds:
-            self._bounds[key] = milp_bound(self.columns(roles), self.supply)
+            self._bounds[key] = milp_bound(self.columns(roles), self.supply, self.site_links)
         return self._bounds[key]
 
     def check(self) -> None:

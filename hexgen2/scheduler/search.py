@@ -27,7 +27,7 @@ PHASE_ONE_GPUS = 160
 #: The long searches that the best two starts get, each with a seed of its own.
 LONG_SEARCHES = 6
 #: A plan this near to the bound is not searched any further.
-CLOSE = 3e-4
+CLOSE = 1e-3
 #: Another kind of plan must be better by this share of the flow to be chosen over a disaggregated one.
 WORTH_CHANGING = 1e-3
 
@@ -80,6 +80,12 @@ def hexgen2(problem: Problem, effort: Effort) -> Found:
     for name, roles, evaluations in kinds:
         if not problem.columns(roles):
             continue
+        best_flow = max((each.flow for _, each in found), default=0.0)
+        if problem.bound(roles).rps <= best_flow * (1 + WORTH_CHANGING):
+            # It cannot win. Colocated replicas are still placed, to say what they would carry.
+            if roles == MIXED:
+                continue
+            evaluations = 0
         extra = tuple(each.state for _, each in found) if roles == MIXED else ()
         one = _multi_start(problem, replace(effort, starts=effort.starts + extra), roles, evaluations)
         if one.flow > 0:
@@ -99,13 +105,13 @@ def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evalu
     tried = [Refined(state, judge.flow(state), 0, ((0, judge.flow(state)),)) for state in starts]
     used = 0
     effort.tell("starts", 0.0, max(each.flow for each in tried))
-    if max(each.flow for each in tried) < bound.rps * (1 - CLOSE):
+    if evaluations and max(each.flow for each in tried) < bound.rps * (1 - CLOSE):
         short = max(1, evaluations // (5 * len(starts)))
         tasks = [(state, short, effort.seed * 1_000_003 + i) for i, state in enumerate(starts)]
         tried = _run(problem, effort, roles, tasks, "short searches")
         used += short * len(starts)
     ranked = sorted(tried, key=lambda each: -each.flow)
-    if ranked[0].flow < bound.rps * (1 - CLOSE):
+    if evaluations and ranked[0].flow < bound.rps * (1 - CLOSE):
         long = max(1, (evaluations - used) // LONG_SEARCHES)
         tasks = [
             # Each of the two best with both temperatures.
