@@ -191,6 +191,10 @@ class EmulatedEngine:
         if None in staged:
             running.done = True
             running.outputs.put_nowait(EngineFailed(f"no verified KV for transfer {transfer}"))
+            for agent, kv in zip(self._agents, staged, strict=True):
+                if kv is not None:
+                    agent.not_loaded(transfer)
+            return
         # A set: where ranks hold the same heads, equal copies count once and unequal ones spoil the tokens.
         checksums: set[tuple[int, int, int]] = set()
         for agent, rank_slice, kv in zip(self._agents, self._slices, staged, strict=True):

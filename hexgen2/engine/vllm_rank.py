@@ -53,7 +53,8 @@ class RankKv:
             log.error(
                 "transfer %s holds %d tokens where %d are needed", load.transfer_id, staged.num_tokens, load.num_tokens
             )
-        self._ordering.after_load(lambda: self._agent.loaded(load.transfer_id))
+        done = self._agent.loaded if complete else self._agent.not_loaded
+        self._ordering.after_load(lambda: done(load.transfer_id))
         return complete
 
     def save(self, layer: int, sends: Iterable[Send]) -> None:

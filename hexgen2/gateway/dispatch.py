@@ -110,7 +110,10 @@ class Dispatch:
         self._suspect(lost, error)
         prefill_id = targets.prefill.replica_id
         others = frozenset(r.replica_id for r in self.plan.replicas if r.role is Role.PREFILL) - {prefill_id}
-        route = self._router.pick(self.plan, self._plans.statuses, self._on_routes, failed | others)
+        for exclude in (failed | others | self._suspects() - {prefill_id}, failed | others):
+            route = self._router.pick(self.plan, self._plans.statuses, self._on_routes, exclude)
+            if route is not None:
+                break
         return None if route is None else self.plan.replica(route.decode_replica_id)
 
     @contextmanager

@@ -141,6 +141,7 @@ class Life:
         self._prefill_held = way is Way.HAND_OVER
         # Decode may overtake the first token on its way through the gateway.
         self._early: list[Tokens] = []
+        self._decode_left = False
 
     def on(self, event: Event) -> tuple[Action, ...]:
         """What to do now, in order."""
@@ -154,6 +155,10 @@ class Life:
                 return self._let_go()
             case Tokens():
                 return self._tokens(event)
+            case Ended(Side.DECODE, None) if self.way is Way.HAND_OVER and not self._first_seen and self.kv is None:
+                # It heard of a final first token before we did.
+                self._decode_left = True
+                return ()
             case Ended(side, error):
                 error = error or Unavailable(f"{side} ended its call before the answer was complete")
                 return self._prefill_ended(error) if side is Side.PREFILL else self._decode_ended(error)
@@ -165,7 +170,9 @@ class Life:
             return ()
         self._first_seen = True
         self.cached_tokens = event.cached_tokens
-        actions = [self._deliver((event.token,), event.finish_reason), *self._let_go()]
+        actions: list[Action] = [self._deliver((event.token,), event.finish_reason), *self._let_go()]
+        if self._decode_left and not self.over:
+            return (*actions, *self._give_up(Side.DECODE, Unavailable("decode ended its call before it began")))
         for early in self._early:
             if not self.over:
                 actions.append(self._deliver(early.tokens, early.finish_reason))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from threading import Event, Lock, Thread
-from time import sleep
+from time import monotonic, sleep
 
 import torch
 
@@ -53,6 +53,8 @@ POLL_S = 0.0002
 #: polls cost five times as much of the core that the engine computes on.
 SERVE_POLL_S = 0.001
 START_TIMEOUT_S = 60.0
+#: How long peers are helped with reads that are still open when a transfer is closed.
+LINGER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class KvAgent:
         self._outbox: deque[ToService] = deque()
         self._closing: set[str] = set()
         self._quarantine = 0
+        self._serve_until = 0.0
         self._stopping = False
         self._wake_lock = Lock()
         self._wake_out, self._wake_in = socket.socketpair()
@@ -148,18 +151,18 @@ class KvAgent:
             self._wake()
 
     def staged(self, transfer_id: str) -> StagedKv | None:
-        """The verified KV to load, or None when the transfer was given up. Follow it by ``loaded``."""
+        """The verified KV to load, or None when the transfer was given up. Then ``loaded`` or ``not_loaded``."""
         return self._staging.staged(transfer_id)
 
     def loaded(self, transfer_id: str) -> None:
         """Tell the service that the KV is in the engine's own blocks."""
-        self._staging.loaded(transfer_id)
+        self._staging.unpin(transfer_id)
         self._outbox.append(Loaded(transfer_id))
         self._wake()
 
-    def count(self, name: str, value: int) -> None:
-        """Add to one of the service's counters."""
-        self._outbox.append(Counts(((name, value),)))
+    def not_loaded(self, transfer_id: str) -> None:
+        """What ``staged`` gave was of no use: let it go without a word to the service."""
+        self._staging.unpin(transfer_id)
         self._wake()
 
     def close(self) -> None:
@@ -218,7 +221,8 @@ class KvAgent:
             while not self._stopping:
                 self._drain(service)
                 self._ready.set()
-                self._transport.serving(self._send.num_open > 0)
+                serving = self._send.num_open > 0 or monotonic() < self._serve_until
+                self._transport.serving(serving)
                 poll = self._transport.needs_poll() or bool(self._puts)
                 events = selector.select(0 if poll else None)
                 if poll and not events:
@@ -257,6 +261,9 @@ class KvAgent:
             case Fetch():
                 self._staging.fetch(message.transfer_id, message.pieces)
             case Close():
+                if message.transfer_id in self._send:
+                    # The reader may have gone in the middle of a read, which ends only with our help.
+                    self._serve_until = monotonic() + LINGER_S
                 self._send.close(message.transfer_id)
                 self._closing.add(message.transfer_id)
 

@@ -84,7 +84,8 @@ class DigestKey:
             return torch.from_numpy(np.einsum("hpi,pi->h", words.numpy(), table) + np.array(places, dtype=np.int64))
         # Integer sums wrap, so their order does not matter: the same value as on a CPU.
         sums = (words * self._on_device[: parts * length].view(parts, length)).sum((1, 2))
-        return sums + torch.tensor(places, dtype=torch.int64, device=words.device)
+        # Filled by kernels from numbers: a copy from the host would wait for the device.
+        return sums + torch.stack([torch.full((), place, dtype=torch.int64, device=words.device) for place in places])
 
 
 def digest(piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int) -> torch.Tensor:

@@ -156,7 +156,9 @@ class Ranks:
             self._tell(message)
             await asyncio.wait_for(future, ANSWER_TIMEOUT_S)
         except TimeoutError:
-            raise EngineFailed(f"a KV agent did not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
+            # Not merely late: an agent answers from memory. The replica must not go on taking requests.
+            self._lose(f"a KV agent did not answer within {ANSWER_TIMEOUT_S:.0f} s")
+            raise EngineFailed(self._lost.result()) from None
         finally:
             self._answers.pop(key, None)
 

@@ -4,7 +4,7 @@ staging and digested there, so that what was verified is what is loaded, whateve
 A slot whose read is not known to be over is never reused, also when its transfer is closed: it is in quarantine.
 """
 
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -84,7 +84,7 @@ class StagedKv:
 @dataclass(slots=True)
 class Staging:
     """``landing`` is registered with the transport; ``pages`` is not. The agent's thread calls everything but
-    ``staged`` and ``loaded``, which belong to the engine's forward thread."""
+    ``staged`` and ``unpin``, which belong to the engine's forward thread."""
 
     layout: PageLayout
     transport: Transport
@@ -95,17 +95,20 @@ class Staging:
     landing: torch.Tensor = field(init=False)
     _pages: torch.Tensor = field(init=False)
     _slots: list[int] = field(init=False)
+    _num_slots: int = field(init=False)
     _recvs: dict[str, _Recv] = field(default_factory=dict)
-    _jobs: deque[_Job] = field(default_factory=deque)
+    #: By peer, first come first served; peers take turns.
+    _jobs: OrderedDict[bytes, deque[_Job]] = field(default_factory=OrderedDict)
+    _slots_of: Counter[bytes] = field(default_factory=Counter)
     _reads: dict[int, list[tuple[_Job, int]]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         self.num_pages = self.staging_bytes // self.layout.page_bytes
         self._pages = torch.empty(self.num_pages * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
-        num_slots = self.landing_bytes // self.layout.layer_stride
-        self.landing = torch.empty(num_slots * self.layout.layer_stride, dtype=torch.uint8, device=self.device)
-        self._slots = list(range(num_slots))
+        self._num_slots = self.landing_bytes // self.layout.layer_stride
+        self.landing = torch.empty(self._num_slots * self.layout.layer_stride, dtype=torch.uint8, device=self.device)
+        self._slots = list(range(self._num_slots))
 
     @property
     def quarantine_bytes(self) -> int:
@@ -147,7 +150,7 @@ class Staging:
             per_head = theirs.head_bytes_per_token * (stop - start)
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
                 first = pick.first_kv_head - source.slice.first_kv_head
-                self._jobs.append(
+                self._jobs.setdefault(source.endpoint, deque()).append(
                     _Job(
                         recv=recv,
                         pick=pick,
@@ -163,29 +166,42 @@ class Staging:
                 )
 
     def pump(self) -> list[ToService]:
-        """Post what fits the free slots, bundled by peer; messages of what cannot be posted."""
+        """Post what fits the free slots, bundled by peer, peers in turn; messages of what cannot be posted."""
         messages: list[ToService] = []
-        while self._jobs and self._slots:
-            endpoint = self._jobs[0].source.endpoint
-            bundle: list[tuple[_Job, int]] = []
-            while (
-                self._jobs
-                and self._slots
-                and len(bundle) < MAX_PIECES_PER_READ
-                and self._jobs[0].source.endpoint == endpoint
-            ):
-                job = self._jobs.popleft()
-                if job.recv.open and not job.recv.failed:
-                    bundle.append((job, self._slots.pop()))
+        for endpoint in list(self._jobs):
+            bundle = self._bundle(endpoint)
             if not bundle:
                 continue
             spans = [Span(job.remote_offset, slot * self.layout.layer_stride, job.num_bytes) for job, slot in bundle]
             try:
                 self._reads[self.transport.read(endpoint, spans)] = bundle
             except TransportError as error:
-                self._slots.extend(slot for _, slot in bundle)
+                self._free(bundle)
                 messages += self._fail((job.recv for job, _ in bundle), "lost", str(error))
         return messages
+
+    def _bundle(self, endpoint: bytes) -> list[tuple[_Job, int]]:
+        """The next pieces to read from one peer, each with its slot. The peer goes to the end of the line."""
+        # A peer that is slow or stopped may hold half of the slots, never all: the others' transfers go on.
+        share = max(1, self._num_slots // 2) - self._slots_of[endpoint]
+        jobs = self._jobs.pop(endpoint)
+        bundle: list[tuple[_Job, int]] = []
+        while jobs and self._slots and len(bundle) < min(share, MAX_PIECES_PER_READ):
+            job = jobs.popleft()
+            if job.recv.open and not job.recv.failed:
+                bundle.append((job, self._slots.pop()))
+        self._slots_of[endpoint] += len(bundle)
+        if jobs:
+            self._jobs[endpoint] = jobs
+        return bundle
+
+    def _free(self, bundle: list[tuple[_Job, int]]) -> None:
+        """Nothing writes these slots any more."""
+        for job, slot in bundle:
+            self._slots.append(slot)
+            self._slots_of[job.source.endpoint] -= 1
+            if not self._slots_of[job.source.endpoint]:
+                del self._slots_of[job.source.endpoint]
 
     def over(self, handle: int, error: TransportError | None) -> list[ToService]:
         """A read is over: verify what came, free its slots, report what is complete or broken."""
@@ -199,10 +215,10 @@ class Staging:
                     messages += self._verify(job, slot)
             return messages
         finally:
-            self._slots.extend(slot for _, slot in bundle)
+            self._free(bundle)
 
     def close(self, transfer_id: str) -> bool:
-        """Give the transfer up. False while the engine is copying from it: ask again after ``loaded``."""
+        """Give the transfer up. False while the engine is copying from it: ask again after ``unpin``."""
         with self._lock:
             recv = self._recvs.get(transfer_id)
             if recv is None:
@@ -214,7 +230,7 @@ class Staging:
             return True
 
     def staged(self, transfer_id: str) -> StagedKv | None:
-        """The verified KV, pinned until ``loaded``; None when the transfer is closed or not verified."""
+        """The verified KV, pinned until ``unpin``; None when the transfer is closed or not verified."""
         with self._lock:
             recv = self._recvs.get(transfer_id)
             if recv is None or not recv.open or not recv.verified:
@@ -222,8 +238,8 @@ class Staging:
             recv.loading = True
             return StagedKv(recv.request.num_tokens, self, recv.request.pages)
 
-    def loaded(self, transfer_id: str) -> None:
-        """The engine has its own copy."""
+    def unpin(self, transfer_id: str) -> None:
+        """The engine reads the pages no more."""
         with self._lock:
             recv = self._recvs.get(transfer_id)
             if recv is not None:

@@ -7,6 +7,7 @@ Little-endian. The reader opens with ``HELLO`` (magic and the nonce of the endpo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from struct import Struct, error
 
 from hexgen2.kv.transport import Span, TransportError
@@ -47,8 +48,10 @@ class Endpoint:
             magic, nonce, num_bytes, port = _ENDPOINT.unpack_from(data)
             if magic != _MAGIC:
                 raise TransportError("tcp: the peer's endpoint is of another transport or version")
-            return cls(data[_ENDPOINT.size :].decode("ascii"), port, nonce, num_bytes)
-        except (error, UnicodeDecodeError) as bad:
+            # An address, never a name: looking one up could block the agent's thread.
+            host = str(ip_address(data[_ENDPOINT.size :].decode("ascii")))
+            return cls(host, port, nonce, num_bytes)
+        except (error, ValueError) as bad:
             raise TransportError(f"tcp: the peer's endpoint is malformed: {bad}") from bad
 
 

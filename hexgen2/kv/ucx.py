@@ -28,7 +28,7 @@ from ipaddress import ip_address
 from logging import WARNING, getLogger
 from pathlib import Path
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -55,7 +55,7 @@ class _Endpoint(msgspec.Struct, frozen=True, array_like=True, tag="hexgen2-ucx-1
     metadata: bytes
     base: int
     num_bytes: int
-    memory: str  # "DRAM" or "VRAM"
+    memory: Literal["DRAM", "VRAM"]
     device: int
 
 
@@ -217,12 +217,17 @@ class UcxTransport:
                 endpoint = msgspec.msgpack.decode(packed, type=_Endpoint)
             except msgspec.DecodeError as error:
                 raise TransportError(f"ucx: the peer's endpoint is of another transport or version: {error}") from error
+            end = endpoint.base + endpoint.num_bytes
+            if not (0 <= endpoint.base <= end < 1 << 63 and 0 <= endpoint.device < 1 << 16):
+                raise TransportError("ucx: the peer's endpoint names memory that cannot be")
             self._forget_idle()
             try:
-                name = self._agent.add_remote_agent(endpoint.metadata)
+                name = self._agent.add_remote_agent(endpoint.metadata).decode()
+            except UnicodeDecodeError as error:
+                raise TransportError("ucx: the peer's endpoint is malformed") from error
             except self._errors as error:
                 raise TransportError(f"ucx: the peer cannot be reached: {error}") from error
-            peer = _Peer(name.decode(), endpoint)
+            peer = _Peer(name, endpoint)
             # Another peer may be reached in another way.
             self._read_path = None
         self._peers[packed] = peer  # last in the order of use
@@ -268,7 +273,7 @@ class UcxTransport:
             release(*args)
 
 
-def _place(buffer: "torch.Tensor") -> tuple[str, int]:
+def _place(buffer: "torch.Tensor") -> tuple[Literal["DRAM", "VRAM"], int]:
     """NIXL's memory type and device number."""
     return ("DRAM", 0) if buffer.device.type == "cpu" else ("VRAM", buffer.get_device())
 

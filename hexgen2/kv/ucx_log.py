@@ -9,6 +9,7 @@ of a peer makes it write a table, of which this is the part that matters::
 ``cma`` is a copy by the kernel between processes of one machine, ``tcp/eth0`` a socket, ``rc_mlx5/mlx5_0:1`` RDMA.
 """
 
+import atexit
 import ctypes
 import os
 import re
@@ -84,4 +85,6 @@ def ucx_logged() -> Iterator[UcxLog]:
 def _file() -> IO[str]:
     handle, name = tempfile.mkstemp(prefix="hexgen2-ucx-", suffix=".log")
     os.close(handle)
-    return open(name, errors="replace")
+    file = open(name, errors="replace")
+    atexit.register(file.close)
+    return file

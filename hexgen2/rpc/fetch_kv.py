@@ -58,13 +58,15 @@ class KvClient:
         self._channels.clear()
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
+        found = self._channels.get(address)
+        if found is None:
             idle = next((a for a in self._channels if not self._in_use.get(a)), None)
-            if len(self._channels) >= MAX_CHANNELS:
-                if idle is None:
-                    raise Unavailable(f"transfers from {MAX_CHANNELS} prefill replicas are under way")
+            if len(self._channels) >= MAX_CHANNELS and idle is None:
+                raise Unavailable(f"transfers from {MAX_CHANNELS} prefill replicas are under way")
+            found = self._channels[address] = channel(address)
+            if len(self._channels) > MAX_CHANNELS and idle is not None:
                 self._in_use.pop(idle, None)
                 await self._channels.pop(idle).close()
-            self._channels[address] = channel(address)
-        self._channels.move_to_end(address)
-        return self._channels[address]
+        else:
+            self._channels.move_to_end(address)
+        return found

@@ -11,6 +11,8 @@ from hexgen2.worker.decode import KvSummary
 from hexgen2.worker.prefill import FirstToken, Offer
 
 _SHAPE_LIMIT = 1 << 16
+#: More than any replica has, few enough to plan for at once.
+_MAX_RANKS = 1024
 
 
 def offer_to_proto(offer: Offer) -> prefill_pb2.KvHeader:
@@ -53,6 +55,8 @@ def offer_from_proto(message: prefill_pb2.KvHeader) -> Offer:
     shape = KvShape(message.shape.num_layers, message.shape.num_kv_heads, message.shape.head_dim, message.shape.dtype)
     if shape.dtype not in ITEM_BYTES:
         raise TransferRefused(f"dtype differs: offered {shape.dtype!r}, which is none of {', '.join(ITEM_BYTES)}")
+    if len(message.ranks) > _MAX_RANKS:
+        raise TransferRefused(f"ranks: {len(message.ranks)} were offered; the limit is {_MAX_RANKS}")
     for rank in message.ranks:
         if not (
             rank.first_layer + rank.num_layers <= shape.num_layers < _SHAPE_LIMIT

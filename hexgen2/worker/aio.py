@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from hexgen2 import metrics
 from hexgen2.errors import Unavailable
@@ -33,8 +33,9 @@ async def owned(work: Coroutine[object, object, None]) -> AsyncIterator[asyncio.
         yield task
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait((task,))
+        if not task.cancelled():
+            task.result()
 
 
 class PageQueue:

@@ -4,6 +4,7 @@ No token leaves before every rank has said that verified KV is in its engine's b
 """
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class _Receiving:
         self.transfer = transfer
         self.verified: asyncio.Future[None] = loop.create_future()
         self.loaded: asyncio.Future[None] = loop.create_future()
+        self.first: asyncio.Future[FirstToken] = loop.create_future()
         self.num_bytes = 0
         self.num_pieces = 0
         self.verify_s = 0.0
@@ -113,6 +115,18 @@ def _error(event: Failed) -> HexgenError:
     return Unavailable(f"KV lost on its way: {event.detail}")
 
 
+#: What a header may differ in; anything else that a peer says is no label of ours.
+_REASONS = (
+    *("model", "prompt", "prompt_tokens", "num_layers", "num_kv_heads", "head_dim", "dtype", "codec"),
+    *("chunk_tokens", "transport", "page_offsets", "ranks"),
+)
+
+
+def _reason(error: TransferRefused) -> str:
+    word = str(error).split(" ", 1)[0].rstrip(":")
+    return word if word in _REASONS else "other"
+
+
 class DecodeWorker:
     """Owns the transfers that arrive at this replica."""
 
@@ -146,7 +160,7 @@ class DecodeWorker:
         )
         receiving = _Receiving(RecvTransfer(expected, len(self._ranks.hellos)))
         # The same transfer may be tried here twice (another call of the gateway): the key is this call's own.
-        key = f"{remote.transfer_id}/{job.request_id}"
+        key = f"{remote.transfer_id}/{secrets.token_hex(8)}"
         freed = False
         try:
             summary, first = await self._fetch(remote, key, receiving)
@@ -181,15 +195,10 @@ class DecodeWorker:
             span.set_attribute("hexgen2.kv.transfer_id", remote.transfer_id)
             follow = asyncio.ensure_future(self._follow(remote, key, receiving))
             try:
-                await asyncio.wait((follow, receiving.verified), return_when=asyncio.FIRST_EXCEPTION)
-                if receiving.verified.done():
-                    receiving.verified.result()
-                first = await follow
-                if first.finish_reason is None:
-                    await receiving.verified
+                first = await self._await_all(receiving, follow)
             except TransferRefused as error:
                 transfer.fail()
-                metrics.KV_REFUSED.labels(str(error).split(" ", 1)[0].rstrip(":")).inc()
+                metrics.KV_REFUSED.labels(_reason(error)).inc()
                 raise
             finally:
                 follow.cancel()
@@ -214,14 +223,30 @@ class DecodeWorker:
             self._note_transport(hello.transport, summary.transport)
         return summary, first
 
-    async def _follow(self, remote: RemoteKv, key: str, receiving: _Receiving) -> FirstToken:
+    async def _await_all(self, receiving: _Receiving, follow: asyncio.Future[None]) -> FirstToken:
+        """The first token, once it is final or everything is verified.
+
+        FetchKv stays open as long as prefill holds the KV, so its end before that means that prefill is gone.
+        """
+        verified, first = receiving.verified, receiving.first
+        while True:
+            if verified.done():
+                verified.result()
+            if first.done() and (verified.done() or first.result().finish_reason is not None):
+                return first.result()
+            if follow.done():
+                follow.result()
+                raise Unavailable("prefill ended the transfer before all of it had arrived")
+            waiting = [each for each in (verified, first, follow) if not each.done()]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _follow(self, remote: RemoteKv, key: str, receiving: _Receiving) -> None:
         """Read FetchKv to its end, setting the ranks to work as it goes.
 
         Staging is acquired once prefill holds its send buffer, never before: were both waited for in any order, two
         requests could each hold what the other needs.
         """
         transfer = receiving.transfer
-        first: FirstToken | None = None
         async with aclosing(self._fetch_kv(remote.prefill_address, remote.transfer_id, remote.token)) as messages:
             async for message in messages:
                 match message:
@@ -239,16 +264,12 @@ class DecodeWorker:
                             key, remote.token, transfer.expected.num_tokens, pages, message.sources, receiving.hear
                         )
                     case FirstToken():
-                        first = message
-                        if first.finish_reason is not None:
-                            return first
+                        if not receiving.first.done():
+                            receiving.first.set_result(message)
                     case pieces:
                         new = transfer.offer(pieces)
                         if new:
                             self._ranks.fetch(key, tuple(new))
-        if first is None:
-            raise Unavailable("prefill ended the transfer without a first token")
-        return first
 
     def _note_transport(self, name: str, detail: str) -> None:
         """Say it whenever what carries the KV is not what it was, or was not known yet."""

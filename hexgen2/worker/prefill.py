@@ -133,7 +133,6 @@ class PrefillWorker:
             if held.first.finish_reason is None:
                 await held.failed
         finally:
-            del self._held[job.transfer_id]
             held.transfer.end()
             held.notify()
             metrics.KV_TRANSFERS.labels(f"send_{held.transfer.state}").inc()
@@ -142,7 +141,7 @@ class PrefillWorker:
     async def fetch(
         self, transfer_id: str, token: bytes
     ) -> AsyncGenerator[Offer | tuple[Piece, ...] | FirstToken, None]:
-        """The FetchKv call: the offer, pieces as they become ready, the first token.
+        """The FetchKv call: the offer, pieces as they become ready, the first token. Ends with the transfer.
 
         Raises:
             TransferNotFound: no such transfer, or not its token.
@@ -153,6 +152,8 @@ class PrefillWorker:
             raise TransferNotFound(f"no transfer {transfer_id} is held here for that token")
         while held.transfer.state is SendState.QUEUED:
             await held.changed()
+        if held.transfer.over:
+            raise Unavailable(f"transfer {transfer_id} has ended")
         sources = tuple(
             Source(h.slice, h.endpoint, tuple(page * h.page_bytes for page in held.pages)) for h in self._ranks.hellos
         )
@@ -172,6 +173,9 @@ class PrefillWorker:
                 raise Unavailable(f"transfer {transfer_id} ended before it was complete")
             else:
                 await held.changed()
+        # The reads of what was announced may still run: the call stays open, so that its keepalive watches over them.
+        while not held.transfer.over:
+            await held.changed()
 
     async def _find(self, transfer_id: str) -> _Held | None:
         try:
@@ -205,3 +209,4 @@ class PrefillWorker:
             await self._ranks.close(transfer_id)
         finally:
             self._memory.release(transfer_id)
+            del self._held[transfer_id]

@@ -1,5 +1,6 @@
 """The life of a worker process: bind, load the engine, register, serve, drain, free. The same for both roles."""
 
+import asyncio
 import os
 import secrets
 import signal
@@ -28,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 #: From the engine's start to the last agent's hello; agents connect while the engine starts.
 AGENTS_TIMEOUT_S = 30.0
+#: How often the engine is asked whether it lives; what dies with requests running is noticed by them at once.
+HEALTH_INTERVAL_S = 1.0
 
 
 async def run_worker(
@@ -104,8 +107,7 @@ async def run_worker(
 
         async def watch() -> None:
             nonlocal failed
-            why = await ranks.lost()
-            failed = why
+            failed = why = await _end_of(engine, ranks)
             log.error("engine_lost", error=why)
             gate.close()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -122,6 +124,18 @@ async def run_worker(
     log.info("stopped")
     if failed:
         raise EngineFailed(failed)
+
+
+async def _end_of(engine: Engine, ranks: Ranks) -> str:
+    """Wait until the engine or one of its agents is gone; why."""
+    while True:
+        try:
+            return await asyncio.wait_for(ranks.lost(), HEALTH_INTERVAL_S)
+        except TimeoutError:
+            try:
+                await engine.check_health()
+            except EngineFailed as error:
+                return str(error)
 
 
 def _replica(config: WorkerConfig, address: str) -> Replica:

@@ -280,3 +280,26 @@ async def test_a_buffer_that_cannot_hold_one_page_is_named(tmp_path: Path) -> No
             staging_bytes=0,
             landing_bytes=0,
         )
+
+
+async def test_a_peer_that_answers_no_read_leaves_slots_to_the_others() -> None:
+    stopped = MemoryNetwork(drop=1000)
+    kv = random_kv(SHAPE, 300)
+    async with (
+        replica(ONE, SHAPE, memory(stopped), send_pages=3) as silent,
+        replica(ONE, SHAPE, memory(stopped), send_pages=3) as lively,
+        replica(ONE, SHAPE, memory(stopped), staging_pages=6, landing_slots=4) as receiver,
+    ):
+        pages, pieces = await send_all(silent, "s", kv)
+        silent_inbox, lively_inbox = Inbox(), Inbox()
+        await receive(receiver, silent, "s", 300, pages, silent_inbox)
+        receiver.hub.fetch("s", pieces)
+        # Once the silent peer's share of the slots is taken, reads go through again.
+        await eventually(lambda: stopped.drop < 1000)
+        stopped.drop = 0
+        pages, pieces = await send_all(lively, "l", kv)
+        await receiver.hub.open_recv("l", TOKEN, 300, (3, 4, 5), lively.sources(pages), lively_inbox)
+        receiver.hub.fetch("l", pieces)
+        await lively_inbox.wait(all_of(Fetched, 1))
+        assert receiver.agents[0].staged("s") is None
+        stopped.release()

@@ -296,3 +296,35 @@ async def test_bad_input_is_refused_by_field_and_the_next_request_works(changes:
         handed = await fleet.generate([5, 6], Sampling(max_tokens=3))
         assert handed.tokens == expected_tokens(CONFIG, [5, 6], 3)
         await fleet.settled()
+
+
+async def test_a_final_first_token_ends_decode_by_itself_whatever_is_still_on_its_way() -> None:
+    prompt = prompt_of(1000)
+    stop = expected_tokens(CONFIG, prompt, 1)[0]
+    async with pair() as fleet:
+        transfer = fleet.transfer()
+        sampling = Sampling(max_tokens=9, stop_token_ids=(stop,))
+        decode = fleet.start_decode(transfer, prompt, sampling)
+        prefill = fleet.start_prefill(transfer, prompt, sampling)
+        assert await first_token(prefill) == stop
+        assert [response async for response in decode if response.HasField("tokens")] == []
+        await fleet.settled()
+
+
+async def test_a_second_call_for_the_same_transfer_does_not_take_the_first_ones_memory() -> None:
+    prompt = prompt_of(300)
+    slow = CONFIG.model_copy(update={"prefill_tokens_per_s": 1000.0, "max_num_batched_tokens": 64})
+    async with pair(prefill=slow) as fleet:
+        transfer = fleet.transfer()
+        prefill = fleet.start_prefill(transfer, prompt, Sampling(max_tokens=5))
+        decode = fleet.start_decode(transfer, prompt, Sampling(max_tokens=5))
+        await eventually(lambda: fleet.decode.memory.bytes_used > 0)
+        thief = types_pb2.Transfer(transfer_id=transfer.transfer_id, token=bytes(32))
+        code, _ = await status_of(fleet.start_decode(thief, prompt, Sampling(max_tokens=5)))
+        assert code is grpc.StatusCode.NOT_FOUND
+        tokens = [await first_token(prefill)]
+        async for response in decode:
+            tokens += [token.token_id for token in response.tokens.tokens]
+        prefill.cancel()
+        assert tokens == expected_tokens(CONFIG, prompt, 5)
+        await fleet.settled()
