@@ -85,6 +85,6 @@ def ucx_logged() -> Iterator[UcxLog]:
 def _file() -> IO[str]:
     handle, name = tempfile.mkstemp(prefix="hexgen2-ucx-", suffix=".log")
     os.close(handle)
-    file = open(name, errors="replace")
+    file = open(name, errors="replace")  # noqa: SIM115, it lasts as long as the process
     atexit.register(file.close)
     return file

@@ -15,9 +15,10 @@ async def ask(made: House, **changes: Any) -> tuple[int, dict[str, Any]]:
 
 
 async def ask_stream(made: House) -> tuple[str, bool, dict[str, Any] | None]:
-    """The text, whether it ended well, and the error it ended with."""
+    """The text, whether it ended well, and the error it ended with: in the stream, or as a status before its first."""
     response = await made.http.post(PATH, json=BODY | {"stream": True})
-    assert response.status_code == 200
+    if response.status_code != 200:
+        return "", False, response.json()["error"]
     chunks, done = events(response.text)
     error = chunks.pop()["error"] if "error" in chunks[-1] else None
     return text_of(chunks), done, error
