@@ -101,7 +101,12 @@ def hexgen2(problem: Problem, effort: Effort) -> Found:
 
 def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evaluations: int) -> Found:
     judge, bound = problem.judge, problem.bound(roles)
-    starts = _distinct(judge, [*effort.starts, *_starts(problem, roles)])
+    states = list(effort.starts)
+    for state in _starts(problem, roles):
+        states.append(state)
+        if judge.flow(state) >= bound.rps * (1 - CLOSE):
+            break
+    starts = _distinct(judge, states)
     tried = [Refined(state, judge.flow(state), 0, ((0, judge.flow(state)),)) for state in starts]
     used = 0
     effort.tell("starts", 0.0, max(each.flow for each in tried))

@@ -1,0 +1,176 @@
+"""Properties that every plan has, on small random clusters."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hexgen2.errors import ConfigError
+from hexgen2.placement import Placement, to_yaml
+from hexgen2.scheduler.fabric import Fabric, Parts
+from hexgen2.scheduler.groups import Choice, Groups
+from hexgen2.scheduler.lp_start import lp_start
+from hexgen2.scheduler.moves import Mover
+from hexgen2.scheduler.parallelism import Strategies
+from hexgen2.scheduler.problem import SPLIT, Problem
+from hexgen2.scheduler.refine import refine
+from hexgen2.scheduler.schedule import solve
+from hexgen2.scheduler.search import Effort, hexgen2
+from hexgen2.scheduler.state import Group, Judge, State, parts_of
+from tests.scheduler.problems import machines, problem
+
+Machines = list[tuple[str, int, float]]
+FEW = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+TINY: Machines = [("A100-SXM", 2, 1.25), ("L40", 3, 1.25)]
+
+
+def plan(case: Problem, kind: str = "auto", seed: int = 0, jobs: int = 1, evaluations: int = 300) -> Placement:
+    return solve(case, kind=kind, seed=seed, jobs=jobs, evaluations=evaluations)
+
+
+@given(machines, st.sampled_from(["auto", "disaggregated"]), st.sampled_from(["hpld", "lphd"]))
+@FEW
+def test_a_plan_keeps_gpus_memory_layers_capacity_and_conservation(given: Machines, kind: str, workload: str) -> None:
+    case = problem(given, workload=workload)
+    found = plan(case, kind)
+    there = Counter({(m.name, gpu): count for m in case.cluster.machines for gpu, count in m.gpus})
+    used: Counter[tuple[str, str]] = Counter()
+    for replica in found.replicas:
+        used.update(replica.gpus)
+        assert [stage.first_layer for stage in replica.stages] == [
+            sum(before.num_layers for before in replica.stages[:i]) for i in range(len(replica.stages))
+        ]
+        assert sum(stage.num_layers for stage in replica.stages) == case.llm.num_layers
+        assert replica.flow_rps <= replica.capacity_rps * (1 + 1e-6)
+        ends = len(replica.stages) - 1
+        for number, stage in enumerate(replica.stages):
+            weights = (
+                stage.num_layers * case.llm.layer_bytes + ((number == 0) + (number == ends)) * case.llm.embedding_bytes
+            )
+            assert weights <= stage.tensor_parallel_size * case.cost.usable_bytes(stage.gpu)
+    used.update({(idle.machine, idle.gpu): idle.count for idle in found.idle})
+    assert used == there
+    for replica in found.replicas:
+        if replica.role != "colocated":
+            through = sum(route.flow_rps for route in found.routes if replica.id in (route.prefill, route.decode))
+            assert through == pytest.approx(replica.flow_rps, rel=1e-6, abs=1e-9)
+    alone = sum(replica.flow_rps for replica in found.replicas if replica.role == "colocated")
+    assert sum(route.flow_rps for route in found.routes) + alone == pytest.approx(found.throughput_rps, rel=1e-6)
+    for link in found.links:
+        assert link.utilisation <= 1 + 1e-6
+    assert found.bound_rps is not None
+    assert found.throughput_rps <= found.bound_rps
+
+
+@given(machines, st.integers(0, 3))
+@FEW
+def test_the_search_judges_by_what_the_network_and_the_linear_program_say(given: Machines, seed: int) -> None:
+    case = problem(given)
+    judge = case.judge
+    start = lp_start(judge, case.limits, case.columns(SPLIT), case.lp(SPLIT))
+    state = refine(judge, Mover(case.fabric, case.limits, SPLIT), start, 60, seed, SPLIT).state
+    replicas = judge.replicas(state)
+    assert judge.verified(state) <= judge.ceiling(state) * (1 + 1e-6)
+    if all(replica.machine is not None for replica in replicas) and judge.network.may_bind(replicas):
+        # Each replica on one machine: the integer network is exact.
+        assert judge.network.flow(replicas) == pytest.approx(judge.verified(state), rel=1e-5)
+
+
+@given(machines)
+@settings(FEW, max_examples=8)
+def test_names_and_order_of_machines_change_nothing_but_names(given: Machines) -> None:
+    order = list(reversed(range(len(given))))
+    one = plan(problem(given))
+    other = plan(problem([given[i] for i in order], names=[f"other-{i}" for i in order]))
+    text = to_yaml(other)
+    assert other.throughput_rps == one.throughput_rps
+    # Machines that are alike may exchange their places; all else is the same.
+    assert sorted(sorted(replica.gpus.values()) for replica in one.replicas) == sorted(
+        sorted(replica.gpus.values()) for replica in other.replicas
+    )
+    assert "other-" in text
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_jobs() -> None:
+    case = [("A100-SXM", 2, 0.25), ("L40", 3, 0.25), ("A6000", 2, 1.25)]
+    first = to_yaml(plan(problem(case, "opt-30b"), "disaggregated", seed=3))
+    assert to_yaml(plan(problem(case, "opt-30b"), "disaggregated", seed=3)) == first
+    assert to_yaml(plan(problem(case, "opt-30b"), "disaggregated", seed=3, jobs=2)) == first
+
+
+class Doubled(Groups):
+    """Rates per two seconds."""
+
+    def choice(self, role: str, parts: Parts) -> Choice | None:
+        found = super().choice(role, parts)
+        return found and dataclasses.replace(found, rps=2 * found.rps)
+
+
+def test_doubling_the_unit_of_time_changes_nothing() -> None:
+    case = problem([("A100-SXM", 2, 0.25), ("L40", 3, 0.25), ("H100-SXM", 1, 1.25)])
+    fast = dataclasses.replace(
+        case.fabric,
+        cluster=case.fabric.cluster.model_copy(
+            update={
+                "machines": tuple(
+                    machine.model_copy(update={"intra_bandwidth_bytes_per_s": 2 * machine.intra_bandwidth_bytes_per_s})
+                    for machine in case.fabric.cluster.machines
+                )
+            }
+        ),
+        nic=tuple(2 * bandwidth for bandwidth in case.fabric.nic),
+    )
+    doubled = Judge(Doubled(fast, case.cost, Strategies(case.fabric, case.cost)))
+    start = lp_start(case.judge, case.limits, case.columns(SPLIT), case.lp(SPLIT))
+    mover = Mover(case.fabric, case.limits, SPLIT)
+    one = refine(case.judge, mover, start, 400, 1, SPLIT)
+    other = refine(doubled, mover, start, 400, 1, SPLIT)
+    assert other.state == one.state
+    assert other.flow == pytest.approx(2 * one.flow, rel=1e-9)
+
+
+@given(machines, st.sampled_from(["H100-SXM", "A6000"]))
+@settings(FEW, max_examples=8)
+def test_one_more_machine_never_lowers_the_flow_when_the_smaller_plan_is_a_start(given: Machines, gpu: str) -> None:
+    small, large = problem(given), problem([*given, (gpu, 1, 12.5)])
+    before = hexgen2(small, Effort(200, roles=SPLIT))
+    pools = {_place(large.fabric, pool): pool for pool in range(len(large.fabric.pools))}
+    same = State.of(
+        large.fabric,
+        [
+            Group(group.role, parts_of({pools[_place(small.fabric, pool)]: n for pool, n in group.parts}))
+            for group in before.state.groups
+        ],
+    )
+    after = hexgen2(large, Effort(200, roles=SPLIT, starts=(same,)))
+    assert after.flow >= before.flow * 0.99
+
+
+def _place(fabric: Fabric, pool: int) -> tuple[str, str]:
+    found = fabric.pools[pool]
+    return fabric.cluster.machines[found.machine].name, fabric.kinds[found.kind].gpu
+
+
+def test_one_gpu_plans_a_colocated_replica_and_says_why() -> None:
+    found = plan(problem([("H100-SXM", 1, 12.5)]))
+    assert found.kind == "colocated"
+    assert "twice" in found.why
+
+
+def test_too_little_memory_is_told_with_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"need 1\d\d\.\d GB; all 2 GPUs of cluster test together have"):
+        plan(problem([("L40", 2, 12.5)], model="llama-2-70b"))
+
+
+def test_disaggregation_that_does_not_fit_is_refused_when_asked_for() -> None:
+    with pytest.raises(ConfigError, match="twice, once for each phase"):
+        plan(problem([("A100-SXM", 2, 12.5)], model="llama-2-70b"), "disaggregated")
+
+
+def test_limits_that_nothing_meets_are_told() -> None:
+    case = problem(TINY)
+    hurried = dataclasses.replace(case, workload=case.workload.model_copy(update={"tpot_s": 1e-6, "ttft_s": 1e-6}))
+    with pytest.raises(ConfigError, match="ttft_s 1e-06 s, tpot_s 1e-06 s"):
+        plan(hurried)

@@ -1,0 +1,56 @@
+"""Strategies against each other and against exhaustive search, with the same costs and links."""
+
+import pytest
+
+from hexgen2.errors import ConfigError
+from hexgen2.scheduler.exhaustive import exhaustive, states
+from hexgen2.scheduler.problem import SPLIT
+from hexgen2.scheduler.quality import compare, instances, summary
+from hexgen2.scheduler.schedule import solve
+from hexgen2.scheduler.search import STRATEGIES
+from tests.scheduler.problems import problem
+
+MIXED_BAG = [("A100-SXM", 2, 1.25), ("L40", 2, 1.25), ("A6000", 2, 1.25)]
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "distserve"])
+def test_every_strategy_plans_and_stays_under_its_bound(name: str) -> None:
+    found = solve(problem(MIXED_BAG), name, evaluations=200)
+    assert found.throughput_rps > 0
+    assert found.strategy == name
+    assert found.bound_rps is None or found.throughput_rps <= found.bound_rps
+
+
+def test_distserve_wants_one_kind_of_gpu() -> None:
+    with pytest.raises(ConfigError, match="distserve: plans for one kind of GPU"):
+        solve(problem(MIXED_BAG), "distserve")
+    assert solve(problem([("A100-SXM", 4, 12.5)]), "distserve").kind == "disaggregated"
+
+
+def test_plans_of_ten_small_clusters_are_near_the_best_there_is() -> None:
+    rows = [compare(*each) for each in instances(10, most_states=3000)]
+    told = summary(rows)
+    assert told["median_gap"] <= 0.03
+    assert told["worst_gap"] <= 0.10
+    assert told["bound_below_optimum"] == 0
+    assert sum(row.slow_nics for row in rows) >= 3
+
+
+def test_exhaustive_search_counts_each_placement_once() -> None:
+    # Two GPUs that each hold the model: alone in either role, both in one group, or one group each.
+    case = problem([("H100-SXM", 2, 12.5)])
+    found = list(states(case.judge, case.limits, SPLIT, 1000))
+    # One GPU: P, D; both: P, D; two groups: PP, PD, DD.
+    assert len(found) == 7
+    # On two machines that are alike nothing more can be told apart.
+    apart = problem([("H100-SXM", 1, 12.5), ("H100-SXM", 1, 12.5)])
+    assert len(list(states(apart.judge, apart.limits, SPLIT, 1000))) == 7
+    best, flow = exhaustive(case.judge, case.limits, SPLIT)
+    assert {group.role for group in best.groups} == {"prefill", "decode"}
+    assert flow == pytest.approx(case.judge.ceiling(best))
+
+
+def test_exhaustive_search_refuses_large_clusters() -> None:
+    case = problem([("H100-SXM", 8, 12.5), ("A100-SXM", 8, 12.5)])
+    with pytest.raises(ConfigError, match="small clusters"):
+        exhaustive(case.judge, case.limits, SPLIT, 500)
