@@ -130,11 +130,6 @@ class VllmEngine:
         return running, self._in_flight - running
 
     @property
-    def num_preemptions(self) -> int:
-        """Since the start."""
-        return self._stats.num_preemptions
-
-    @property
     def kv_cache_usage(self) -> float:
         """Share of the engine's blocks in use after the last step, 0 to 1."""
         return self._stats.kv_cache_usage
@@ -156,7 +151,6 @@ class _Stats:
 
     def __init__(self) -> None:
         self.num_running = 0
-        self.num_preemptions = 0
         self.kv_cache_usage = 0.0
 
     def factory(self, _vllm_config: Any, _engine_index: int = 0) -> "_Stats":
@@ -168,8 +162,6 @@ class _Stats:
         if scheduler_stats is not None:
             self.num_running = scheduler_stats.num_running_reqs
             self.kv_cache_usage = scheduler_stats.kv_cache_usage
-        if iteration_stats is not None:
-            self.num_preemptions += iteration_stats.num_preempted_reqs
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

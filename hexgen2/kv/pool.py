@@ -39,7 +39,7 @@ class PagePool:
         return len(self._line)
 
     def request(self, key: str, num_pages: int) -> Grant | None:
-        """Pages at once, or None: the key waits in line for a Grant from ``release`` or ``withdraw``.
+        """Pages at once, or None: the key waits in line for a Grant from ``release``.
 
         Raises:
             KvTooLarge: more than the whole pool.
