@@ -14,7 +14,9 @@ from hexgen2.cluster_file import find_cluster
 from hexgen2.errors import ConfigError
 from hexgen2.placement import Placement, ReplicaPlan, to_yaml
 from hexgen2.planner_examples import write_examples
+from hexgen2.scheduler.changes import changes
 from hexgen2.scheduler.problem import Problem
+from hexgen2.scheduler.report import html
 from hexgen2.scheduler.schedule import EVALUATIONS, KINDS, solve
 from hexgen2.scheduler.search import STRATEGIES
 from hexgen2.workload_file import find_workload
@@ -45,6 +47,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--kv-dtype", help="What KV is kept in; default: as the weights, at least 8 bits.")
 @click.option(
     "--example", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write files to start from."
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a picture here (HTML)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan_command(cluster: str | None, model: str | None, example: Path | None, **options: Any) -> None:
@@ -81,6 +86,7 @@ def make_plan(
     tpot: float | None,
     weight_dtype: str | None,
     kv_dtype: str | None,
+    report: Path | None,
     **search: Any,
 ) -> None:
     """The command's work. Raises ConfigError."""
@@ -91,17 +97,29 @@ def make_plan(
         find_workload(workload).model_copy(update=limits),
     )
     found = with_progress(problem, **search)
+    written = []
     if output is not None:
-        try:
-            output.write_text(to_yaml(found), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{output}: {error.strerror}") from error
+        written.append(write(output, to_yaml(found)))
+    if report is not None:
+        effort = {name: search[name] for name in ("kind", "evaluations", "seed")}
+        # What would change is found by the default strategy, so it is compared with that alone.
+        told = changes(problem, **effort) if search["strategy"] == "hexgen2" else ()
+        written.append(write(report, html(found, problem.cluster, told)))
     if as_json:
         click.echo(found.model_dump_json(indent=2))
         return
     show(found, Console())
-    if output is not None:
-        click.echo(f"wrote {output}")
+    for path in written:
+        click.echo(f"wrote {path}")
+
+
+def write(path: Path, text: str) -> Path:
+    """Raises ConfigError."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    return path
 
 
 def with_progress(problem: Problem, strategy: str, **search: Any) -> Placement:
