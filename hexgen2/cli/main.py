@@ -13,12 +13,10 @@ from rich.console import Console
 from hexgen2 import trace_tree, traces
 from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
-from hexgen2.cli.bench import bench
-from hexgen2.cli.fit import fit_command
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
+from hexgen2.cli.lazy import LazyCommand
 from hexgen2.cli.options import serve_and_exit, service_command
-from hexgen2.cli.plan import plan_command
 from hexgen2.cli.prepare import prepare
 from hexgen2.cli.status import show_status
 from hexgen2.config import CoordinatorConfig, GatewayConfig, WorkerConfig
@@ -149,9 +147,12 @@ main.add_command(
 )
 
 
-main.add_command(plan_command)
-main.add_command(bench)
-main.add_command(fit_command)
+for name, attribute, told in (
+    ("plan", "plan_command", "Plan which GPUs of a cluster prefill and which decode, and how."),
+    ("bench", "bench", "Measure the scheduler on this machine."),
+    ("fit", "fit_command", "Fit the cost model to measured times, and show how far off it is."),
+):
+    main.add_command(LazyCommand(name, f"hexgen2.cli.{name}", attribute, told))
 
 
 @main.group()
