@@ -80,7 +80,7 @@ def test_exchange_of_roles_ends_where_no_flip_or_swap_helps(seed: int) -> None:
 
     def across(chosen: frozenset[int]) -> float:
         return sum(
-            min(coarse[a][b]["bandwidth"], 20.0 * min(rates[a][0], rates[b][1]))
+            min(float(coarse[a][b]["bandwidth"]), 20.0 * min(rates[a][0], rates[b][1]))
             for a, b in itertools.product(chosen, set(coarse) - chosen)
         )
 
