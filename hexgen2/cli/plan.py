@@ -1,6 +1,7 @@
 """``hexgen2 plan``: from a cluster, a model and a workload to a plan.yaml, a table and a report."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hexgen2.placement import Placement, ReplicaPlan, to_yaml
 from hexgen2.planner_examples import write_examples
 from hexgen2.scheduler.changes import changes
 from hexgen2.scheduler.problem import Problem
+from hexgen2.scheduler.rent import cheapest, only, within_budget
 from hexgen2.scheduler.report import html
 from hexgen2.scheduler.schedule import EVALUATIONS, KINDS, solve
 from hexgen2.scheduler.search import STRATEGIES
@@ -48,6 +50,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--example", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write files to start from."
 )
+@click.option("--budget", type=POSITIVE, metavar="$/H", help="Rent for at most this out of CLUSTER's priced machines.")
+@click.option("--target-rate", type=POSITIVE, metavar="RPS", help="Rent the cheapest machines that hold this rate.")
+@click.option("--target-slo", metavar="TTFT:TPOT", help="Rent the cheapest that hold limits in seconds, and the rate.")
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with a picture here (HTML)."
 )
@@ -87,16 +92,32 @@ def make_plan(
     weight_dtype: str | None,
     kv_dtype: str | None,
     report: Path | None,
+    budget: float | None,
+    target_rate: float | None,
+    target_slo: str | None,
     **search: Any,
 ) -> None:
     """The command's work. Raises ConfigError."""
+    if target_slo is not None:
+        ttft, tpot = slo(target_slo)
     limits = {name: value for name, value in (("ttft_s", ttft), ("tpot_s", tpot)) if value is not None}
     problem = Problem(
         find_cluster(cluster),
         llms.find(model, weight_dtype=weight_dtype, kv_dtype=kv_dtype),
         find_workload(workload).model_copy(update=limits),
     )
-    found = with_progress(problem, **search)
+    rate = target_rate or (problem.workload.rate if target_slo is not None else None)
+    if target_slo is not None and rate is None:
+        raise ConfigError("--target-slo: give --target-rate, too: this workload has no rate")
+    if budget is not None and rate is not None:
+        raise ConfigError("--budget and a target cannot both be met: give one of them")
+    if budget is None and rate is None:
+        found = with_progress(problem, **search)
+    else:
+        found = rent(problem, budget, rate or 0.0, **search)
+        taken = {stage.machine for replica in found.replicas for stage in replica.stages}
+        taken |= {idle.machine for idle in found.idle}
+        problem = replace(problem, cluster=only(problem.cluster, taken))
     written = []
     if output is not None:
         written.append(write(output, to_yaml(found)))
@@ -111,6 +132,26 @@ def make_plan(
     show(found, Console())
     for path in written:
         click.echo(f"wrote {path}")
+
+
+def rent(problem: Problem, budget: float | None, rate: float, strategy: str, **search: Any) -> Placement:
+    """The plan of the machines that a budget or a rate wants. Raises ConfigError."""
+    if strategy != "hexgen2":
+        raise ConfigError(f"--strategy {strategy}: what to rent is planned by the default strategy alone")
+    if budget is not None:
+        return within_budget(problem, budget, **search)
+    return cheapest(problem, rate, **search)
+
+
+def slo(text: str) -> tuple[float, float]:
+    """``0.5:0.05`` is half a second to the first token, 50 ms for each further one. Raises ConfigError."""
+    try:
+        ttft, tpot = (float(part) for part in text.split(":"))
+    except ValueError:
+        ttft = tpot = 0.0
+    if not (ttft > 0 and tpot > 0):
+        raise ConfigError(f"--target-slo {text}: expected two numbers of seconds, such as 0.5:0.05")
+    return ttft, tpot
 
 
 def write(path: Path, text: str) -> Path:
@@ -148,6 +189,9 @@ def show(plan: Placement, console: Console) -> None:
         f"{plan.workload} with {plan.model} on {plan.cluster}: {plan.kind}"
     )
     console.print(f"{plan.why}; bottleneck: {plan.bottleneck}")
+    taken = sorted({m for each in plan.replicas for m, _ in each.gpus} | {idle.machine for idle in plan.idle})
+    if len(taken) <= 20:
+        console.print(f"machines: {', '.join(taken)}", highlight=False)
     table = Table(
         "replica", "GPUs", "stages (TP x layers)", "does", "of", "batch", "time", box=None, padding=(0, 2, 0, 0)
     )

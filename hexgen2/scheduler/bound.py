@@ -57,7 +57,7 @@ SiteLinks = Mapping[tuple[str, str], float]
 
 def lp_bound(columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None) -> Bound:
     """The bound with fractions of groups allowed."""
-    program = _Program(columns, supply, site_links or {})
+    program = Program(columns, supply, site_links or {})
     solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=program.bounds, method="highs-ds")
     if solved.status != 0:
         raise ValueError(f"no bound: {solved.message}")
@@ -73,10 +73,10 @@ def milp_bound(
     columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None, node_limit: int = NODE_LIMIT
 ) -> Bound:
     """The bound with whole groups: tighter on small clusters. Valid also when HiGHS stops before its optimum."""
-    program = _Program(columns, supply, site_links or {})
+    program = Program(columns, supply, site_links or {})
     whole = np.zeros(program.cost.size)
     whole[: program.num_counts] = 1
-    with _no_chatter():
+    with no_chatter():
         solved = milp(
             program.cost,
             constraints=LinearConstraint(program.rows, ub=program.limits),
@@ -90,7 +90,7 @@ def milp_bound(
 
 
 @contextmanager
-def _no_chatter() -> Iterator[None]:
+def no_chatter() -> Iterator[None]:
     """HiGHS now and then writes a line of its own to standard output, past Python; it would stand in the JSON there."""
     sys.stdout.flush()
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
@@ -103,7 +103,7 @@ def _no_chatter() -> Iterator[None]:
         os.close(nowhere)
 
 
-class _Program:
+class Program:
     """maximise the requests f(a, b) from site a's prefill to site b's decode, and what colocated groups do.
 
     sum_b f(a, b) <= prefill of a; sum_a f(a, b) <= decode of b; f(a, b) <= link; GPUs used <= supply. Variables: x

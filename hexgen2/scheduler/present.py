@@ -13,7 +13,7 @@ from hexgen2.placement import (
 )
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
 from hexgen2.scheduler.kv_network import Routed, Wire
-from hexgen2.scheduler.problem import MIXED, SPLIT, Problem
+from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
 from hexgen2.scheduler.search import Found
 from hexgen2.scheduler.state import Group, State
 
@@ -153,9 +153,12 @@ def _bound(problem: Problem, state: State, roles: tuple[str, ...] | None) -> tup
 def _why(problem: Problem, found: Found, kind: str, rps: float) -> str:
     best = {name: flow for name, _, flow in reversed(found.others) if name != "runner-up"}
     if kind == "disaggregated":
-        if "colocated" in best and best["colocated"] > 0:
-            return f"prefill and decode apart carry {_more(rps, best['colocated'])} than colocated replicas"
-        return "prefill and decode apart, as asked for"
+        if "colocated" not in best:
+            return "prefill and decode apart, as asked for"
+        whole = problem.bound(WHOLE).rps
+        if whole < rps:
+            return f"prefill and decode apart carry {_more(rps, whole)} than colocated replicas could at best"
+        return f"prefill and decode apart carry {_more(rps, best['colocated'])} than the best colocated replicas found"
     if "disaggregated" in best and best["disaggregated"] > 0:
         return f"not all disaggregated: this carries {_more(rps, best['disaggregated'])} than prefill and decode apart"
     if not _two_fit(problem):

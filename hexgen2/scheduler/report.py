@@ -42,11 +42,14 @@ h1 {{ font-size: 1.5em; margin: 0 }} h2 {{ font-size: 1.15em; margin: 2em 0 .5em
 .card b {{ display: block; font-size: 1.35em }} .card span {{ color: #5b6470; font-size: .88em }}
 table {{ border-collapse: collapse; width: 100% }}
 th, td {{ text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #e8ebef; vertical-align: top }}
-th {{ color: #5b6470; font-weight: 500 }} td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums }}
+th {{ color: #5b6470; font-weight: 500 }}
+td:first-child, td.n {{ white-space: nowrap }}
+td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 .dot {{ display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .45em }}
 .bar {{ background: #edf0f3; border-radius: 4px; height: 9px; width: 110px; display: inline-block }}
 .bar i {{ display: block; height: 9px; border-radius: 4px }}
-svg {{ max-width: 100%; height: auto; border: 1px solid #dfe3e8; border-radius: 8px; background: #fbfcfd }}
+svg {{ box-sizing: border-box; max-width: 100%; height: auto }}
+svg {{ border: 1px solid #dfe3e8; border-radius: 8px; background: #fbfcfd }}
 .legend span {{ margin-right: 1.4em }} .scroll {{ overflow-x: auto }}
 </style></head><body>
 <h1>{plan.throughput_rps:.3g} requests/s of {escape(plan.workload)} with {escape(plan.model)}</h1>

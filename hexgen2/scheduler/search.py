@@ -24,6 +24,8 @@ from hexgen2.scheduler.state import Judge, State
 
 #: On more GPUs than this the paper's first phase, O(n^3), is no start of the default strategy.
 PHASE_ONE_GPUS = 160
+#: Up to so many GPUs every start is looked at, even when the first cannot be improved.
+SMALL = 32
 #: The long searches that the best two starts get, each with a seed of its own.
 LONG_SEARCHES = 6
 #: A plan this near to the bound is not searched any further.
@@ -104,7 +106,8 @@ def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evalu
     states = list(effort.starts)
     for state in _starts(problem, roles):
         states.append(state)
-        if judge.flow(state) >= bound.rps * (1 - CLOSE):
+        # On small clusters the others take no time, and make runners-up.
+        if problem.fabric.num_gpus > SMALL and judge.flow(state) >= bound.rps * (1 - CLOSE):
             break
     starts = _distinct(judge, states)
     tried = [Refined(state, judge.flow(state), 0, ((0, judge.flow(state)),)) for state in starts]
