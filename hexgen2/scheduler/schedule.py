@@ -17,6 +17,9 @@ from hexgen2.workload_file import find_workload
 #: Evaluations of a search when nothing else is said.
 EVALUATIONS = 6000
 
+#: Strategies that can be told which kind of plan to make.
+CHOOSING = ("hexgen2", "exhaustive")
+
 #: What a plan may be, by name: None lets the search choose.
 KINDS: dict[str, tuple[str, ...] | None] = {"auto": None, "disaggregated": SPLIT, "colocated": WHOLE, "mixed": MIXED}
 
@@ -66,10 +69,13 @@ def solve(
             f"kind {kind}: cluster {problem.cluster.name} cannot hold model {problem.llm.name} "
             f"{'twice, once for each phase' if roles == SPLIT else 'so'}; without --kind the best there is, is planned"
         )
+    if roles is not None and name not in CHOOSING:
+        raise ConfigError(f"kind {kind}: strategy {name} plans one kind alone; {' and '.join(CHOOSING)} have a choice")
     effort = Effort(evaluations, seed, jobs, roles, progress=progress)
     found = strategy(name)(problem, effort)
     if found.flow <= 0:
+        twice = "" if problem.bound(SPLIT).rps > 0 else "; prefill and decode apart need room for the model twice"
         raise ConfigError(
-            f"strategy {name}: found no plan that serves model {problem.llm.name} on cluster {problem.cluster.name}"
+            f"strategy {name}: no plan found that serves model {problem.llm.name} on {problem.cluster.name}{twice}"
         )
     return placement(problem, found, name, seed, roles)
