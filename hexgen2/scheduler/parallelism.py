@@ -112,9 +112,9 @@ class Strategies:
     def _evaluate(self, shapes: tuple[Shape, ...]) -> Candidate | None:
         cost = self._cost
         stages = tuple(self.stage(shape, *self._ideal) for shape in shapes)
-        if not cost.fits(stages):
-            return None
         prefill = cost.prefill_rate(stages)
+        if prefill <= 0:  # the model does not fit
+            return None
         decode = cost.decode_rate(stages)
         return Candidate(
             shapes,

@@ -155,7 +155,9 @@ def _why(problem: Problem, found: Found, kind: str, rps: float) -> str:
     if kind == "disaggregated":
         if "colocated" not in best:
             return "prefill and decode apart, as asked for"
-        whole = problem.bound(WHOLE).rps
+        whole = problem.lp(WHOLE).rps
+        if whole >= rps:
+            whole = problem.bound(WHOLE).rps
         if whole < rps:
             return f"prefill and decode apart carry {_more(rps, whole)} than colocated replicas could at best"
         return f"prefill and decode apart carry {_more(rps, best['colocated'])} than the best colocated replicas found"

@@ -15,7 +15,7 @@ from hexgen2.workload import Workload
 from hexgen2.workload_file import find_workload
 
 #: Evaluations of a search when nothing else is said.
-EVALUATIONS = 6000
+EVALUATIONS = 4000
 
 #: Strategies that can be told which kind of plan to make.
 CHOOSING = ("hexgen2", "exhaustive")

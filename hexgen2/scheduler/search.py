@@ -13,6 +13,7 @@ from joblib import Parallel, delayed
 
 from hexgen2.errors import ConfigError
 from hexgen2.scheduler.baselines import distserve, genetic, vllm_replicas
+from hexgen2.scheduler.bound import Bound
 from hexgen2.scheduler.exhaustive import exhaustive
 from hexgen2.scheduler.groups import COLOCATED
 from hexgen2.scheduler.lp_start import lp_start
@@ -83,7 +84,9 @@ def hexgen2(problem: Problem, effort: Effort) -> Found:
         if not problem.columns(roles):
             continue
         best_flow = max((each.flow for _, each in found), default=0.0)
-        if problem.bound(roles).rps <= best_flow * (1 + WORTH_CHANGING):
+        enough = best_flow * (1 + WORTH_CHANGING)
+        # The linear bound is cheaper, and often says it already.
+        if problem.lp(roles).rps <= enough or problem.bound(roles).rps <= enough:
             # It cannot win. Colocated replicas are still placed, to say what they would carry.
             if roles == MIXED:
                 continue
@@ -102,9 +105,10 @@ def hexgen2(problem: Problem, effort: Effort) -> Found:
 
 
 def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evaluations: int) -> Found:
-    judge, bound = problem.judge, problem.bound(roles)
+    judge = problem.judge
+    bound = problem.bound(roles) if evaluations else problem.lp(roles)
     states = list(effort.starts)
-    for state in _starts(problem, roles):
+    for state in _starts(problem, roles, bound):
         states.append(state)
         # On small clusters the others take no time, and make runners-up.
         if problem.fabric.num_gpus > SMALL and judge.flow(state) >= bound.rps * (1 - CLOSE):
@@ -146,10 +150,10 @@ def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evalu
     return Found(best.state, flow, used, tuple(distinct[:3]), best.history)
 
 
-def _starts(problem: Problem, roles: tuple[str, ...]) -> Iterable[State]:
+def _starts(problem: Problem, roles: tuple[str, ...], bound: Bound) -> Iterable[State]:
     """The configuration program, whole and rounded, and the paper's first phase with several numbers of groups."""
     judge, columns = problem.judge, problem.columns(roles)
-    lp, bound = problem.lp(roles), problem.bound(roles)
+    lp = problem.lp(roles)
     yield lp_start(judge, problem.limits, columns, replace(bound, gpu_worth=lp.gpu_worth))
     if bound.method != lp.method:
         yield lp_start(judge, problem.limits, columns, lp)
