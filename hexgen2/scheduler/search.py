@@ -24,7 +24,7 @@ from hexgen2.scheduler.refine import Accept, Refined, able, annealing, climbing,
 from hexgen2.scheduler.state import Judge, State
 
 #: On more GPUs than this the paper's first phase, O(n^3), is no start of the default strategy.
-PHASE_ONE_GPUS = 160
+PHASE_ONE_GPUS = 96
 #: Up to so many GPUs every start is looked at, even when the first cannot be improved.
 SMALL = 32
 #: The long searches that the best two starts get, each with a seed of its own.
