@@ -69,6 +69,9 @@ class FakeAgent:
     def loaded(self, transfer_id: str) -> None:
         self.store.loaded.append(transfer_id)
 
+    def not_loaded(self, transfer_id: str) -> None:
+        assert transfer_id not in self.store.loaded
+
     def close(self) -> None:
         self.closed = True
 
