@@ -195,7 +195,7 @@ class KvAgent:
     def _serve(self) -> None:
         self._transport.register(
             self._send.buffer if self._send.num_pages else None,
-            self._staging.landing if self._staging.num_pages else None,
+            self._staging.reads.landing if self._staging.num_pages else None,
         )
         reader = agent_reader()
         with socket.socket(socket.AF_UNIX) as service, selectors.DefaultSelector() as selector:
@@ -226,7 +226,7 @@ class KvAgent:
                 poll = self._transport.needs_poll() or bool(self._puts)
                 events = selector.select(0 if poll else None)
                 if poll and not events:
-                    sleep(POLL_S if self._staging.num_reading or self._puts else SERVE_POLL_S)
+                    sleep(POLL_S if self._staging.reads.num_open or self._puts else SERVE_POLL_S)
                 for key, _ in events:
                     if key.fileobj is self._wake_out:
                         self._wake_out.recv(4096)
@@ -236,9 +236,7 @@ class KvAgent:
                             return
                         for message in reader.feed(data):
                             self._handle(message)
-                for handle, error in self._transport.poll():
-                    self._outbox.extend(self._staging.over(handle, error))
-                self._outbox.extend(self._staging.pump())
+                self._outbox.extend(self._staging.turn())
                 self._announce()
                 self._retry_closing()
                 self._report_quarantine()
@@ -281,7 +279,7 @@ class KvAgent:
             self._outbox.append(Closed(transfer_id))
 
     def _report_quarantine(self) -> None:
-        num_bytes = self._staging.quarantine_bytes
+        num_bytes = self._staging.reads.quarantine_bytes
         if num_bytes != self._quarantine:
             self._quarantine = num_bytes
             self._outbox.append(Quarantine(num_bytes))

@@ -1,11 +1,8 @@
-"""The memory that KV arrives in, on one rank. Reads land in registered slots; each piece is then copied once to private
-staging and digested there, so that what was verified is what is loaded, whatever still happens to a slot.
-
-A slot whose read is not known to be over is never reused, also when its transfer is closed: it is in quarantine.
+"""Staging of one rank: each piece that has landed (``kv.reads``) is copied once to a private page and digested there,
+so that what was verified is what is loaded, whatever still happens to the slot it landed in.
 """
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
@@ -16,11 +13,9 @@ import torch
 from hexgen2.kv.codec import DigestKey, copy_and_digest, to_wire
 from hexgen2.kv.layout import Pick, plan_picks
 from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, Source, ToService
-from hexgen2.kv.transport import Span, Transport, TransportError
+from hexgen2.kv.reads import Claim, Reads
+from hexgen2.kv.transport import Transport, TransportError
 from hexgen2.kv.wire import PageLayout, chunk_span, num_chunks
-
-#: Reads are posted in bundles of at most so many pieces: few enough to overlap reading with verifying.
-MAX_PIECES_PER_READ = 32
 
 _TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,6 +29,7 @@ class _Recv:
     sources: dict[int, Source]
     picks: dict[tuple[int, int], list[Pick]]
     num_remaining: int
+    claim: Claim = field(default_factory=Claim)
     num_bytes: int = 0
     num_pieces: int = 0
     verify_s: float = 0.0
@@ -48,7 +44,7 @@ class _Recv:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One contiguous read: some heads of one (layer, chunk)."""
+    """One contiguous read (``kv.reads.Readable``): some heads of one (layer, chunk)."""
 
     recv: _Recv
     pick: Pick
@@ -58,6 +54,14 @@ class _Job:
     remote_offset: int
     num_bytes: int
     digests: tuple[int, ...]
+
+    @property
+    def claim(self) -> Claim:
+        return self.recv.claim
+
+    @property
+    def peer(self) -> bytes:
+        return self.source.endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,45 +85,20 @@ class StagedKv:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
-@dataclass(slots=True)
 class Staging:
-    """``landing`` is registered with the transport; ``pages`` is not. The agent's thread calls everything but
-    ``staged`` and ``unpin``, which belong to the engine's forward thread."""
+    """The agent's thread calls everything but ``staged`` and ``unpin``, which belong to the engine's forward thread."""
 
-    layout: PageLayout
-    transport: Transport
-    device: torch.device
-    staging_bytes: int
-    landing_bytes: int
-    num_pages: int = field(init=False)
-    landing: torch.Tensor = field(init=False)
-    _pages: torch.Tensor = field(init=False)
-    _slots: list[int] = field(init=False)
-    _num_slots: int = field(init=False)
-    _recvs: dict[str, _Recv] = field(default_factory=dict)
-    #: By peer, first come first served; peers take turns.
-    _jobs: OrderedDict[bytes, deque[_Job]] = field(default_factory=OrderedDict)
-    _slots_of: Counter[bytes] = field(default_factory=Counter)
-    _reads: dict[int, list[tuple[_Job, int]]] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock)
-
-    def __post_init__(self) -> None:
-        self.num_pages = self.staging_bytes // self.layout.page_bytes
-        self._pages = torch.empty(self.num_pages * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
-        self._num_slots = self.landing_bytes // self.layout.layer_stride
-        self.landing = torch.empty(self._num_slots * self.layout.layer_stride, dtype=torch.uint8, device=self.device)
-        self._slots = list(range(self._num_slots))
-
-    @property
-    def quarantine_bytes(self) -> int:
-        """Landing memory that reads of closed transfers may still write."""
-        jobs = (job for read in self._reads.values() for job, _ in read)
-        return sum(self.layout.layer_stride for job in jobs if not job.recv.open)
-
-    @property
-    def num_reading(self) -> int:
-        """Reads that are not over."""
-        return len(self._reads)
+    def __init__(
+        self, layout: PageLayout, transport: Transport, device: torch.device, staging_bytes: int, landing_bytes: int
+    ) -> None:
+        self.layout = layout
+        self.device = device
+        self.num_pages = staging_bytes // layout.page_bytes
+        self.reads: Reads[_Job] = Reads(transport, landing_bytes, layout.layer_stride, device)
+        self._transport = transport
+        self._pages = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
+        self._recvs: dict[str, _Recv] = {}
+        self._lock = Lock()
 
     def open(self, request: OpenRecv) -> None:
         """Hold the pages of one transfer.
@@ -150,7 +129,7 @@ class Staging:
             per_head = theirs.head_bytes_per_token * (stop - start)
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
                 first = pick.first_kv_head - source.slice.first_kv_head
-                self._jobs.setdefault(source.endpoint, deque()).append(
+                self.reads.add(
                     _Job(
                         recv=recv,
                         pick=pick,
@@ -165,57 +144,17 @@ class Staging:
                     )
                 )
 
-    def pump(self) -> list[ToService]:
-        """Post what fits the free slots, bundled by peer, peers in turn; messages of what cannot be posted."""
+    def turn(self) -> list[ToService]:
+        """Post reads, verify what has landed, report what is complete or broken."""
         messages: list[ToService] = []
-        for endpoint in list(self._jobs):
-            bundle = self._bundle(endpoint)
-            if not bundle:
-                continue
-            spans = [Span(job.remote_offset, slot * self.layout.layer_stride, job.num_bytes) for job, slot in bundle]
-            try:
-                self._reads[self.transport.read(endpoint, spans)] = bundle
-            except TransportError as error:
-                self._free(bundle)
-                messages += self._fail((job.recv for job, _ in bundle), "lost", str(error))
+        for job, landed in self.reads.poll():
+            if isinstance(landed, TransportError):
+                messages += self._fail(job.recv, "lost", str(landed))
+            else:
+                messages += self._verify(job, landed)
+        for job, error in self.reads.pump():
+            messages += self._fail(job.recv, "lost", str(error))
         return messages
-
-    def _bundle(self, endpoint: bytes) -> list[tuple[_Job, int]]:
-        """The next pieces to read from one peer, each with its slot. The peer goes to the end of the line."""
-        # A peer that is slow or stopped may hold half of the slots, never all: the others' transfers go on.
-        share = max(1, self._num_slots // 2) - self._slots_of[endpoint]
-        jobs = self._jobs.pop(endpoint)
-        bundle: list[tuple[_Job, int]] = []
-        while jobs and self._slots and len(bundle) < min(share, MAX_PIECES_PER_READ):
-            job = jobs.popleft()
-            if job.recv.open and not job.recv.failed:
-                bundle.append((job, self._slots.pop()))
-        self._slots_of[endpoint] += len(bundle)
-        if jobs:
-            self._jobs[endpoint] = jobs
-        return bundle
-
-    def _free(self, bundle: list[tuple[_Job, int]]) -> None:
-        """Nothing writes these slots any more."""
-        for job, slot in bundle:
-            self._slots.append(slot)
-            self._slots_of[job.source.endpoint] -= 1
-            if not self._slots_of[job.source.endpoint]:
-                del self._slots_of[job.source.endpoint]
-
-    def over(self, handle: int, error: TransportError | None) -> list[ToService]:
-        """A read is over: verify what came, free its slots, report what is complete or broken."""
-        bundle = self._reads.pop(handle)
-        try:
-            if error is not None:
-                return self._fail((job.recv for job, _ in bundle if job.recv.open), "lost", str(error))
-            messages: list[ToService] = []
-            for job, slot in bundle:
-                if job.recv.open and not job.recv.failed:
-                    messages += self._verify(job, slot)
-            return messages
-        finally:
-            self._free(bundle)
 
     def close(self, transfer_id: str) -> bool:
         """Give the transfer up. False while the engine is copying from it: ask again after ``unpin``."""
@@ -224,6 +163,7 @@ class Staging:
             if recv is None:
                 return True
             recv.open = False
+            self.reads.drop(recv.claim)
             if recv.loading:
                 return False
             del self._recvs[transfer_id]
@@ -251,37 +191,32 @@ class Staging:
         flat = self._pages[at : at + self.layout.piece_bytes(num_tokens)].view(_TORCH_DTYPE[self.layout.shape.dtype])
         return flat.view(self.layout.slice.num_kv_heads, 2, num_tokens, self.layout.shape.head_dim)
 
-    def _verify(self, job: _Job, slot: int) -> Sequence[ToService]:
+    def _verify(self, job: _Job, landed: torch.Tensor) -> list[ToService]:
         recv, pick = job.recv, job.pick
         began = perf_counter()
         first = pick.first_kv_head - self.layout.slice.first_kv_head
         target = self.piece(recv.request.pages[job.chunk], pick.layer, job.num_tokens)[
             first : first + pick.num_kv_heads
         ]
-        at = slot * self.layout.layer_stride
-        landed = self.landing[at : at + job.num_bytes].view(target.dtype).view(target.shape)
+        landed = landed.view(target.dtype).view(target.shape)
         digests = to_wire(
             copy_and_digest(target, landed, recv.key, layer=pick.layer, chunk=job.chunk, first_head=pick.first_kv_head)
         )
         recv.verify_s += perf_counter() - began
         if digests != job.digests:
             where = f"layer {pick.layer}, chunk {job.chunk}, rank {pick.rank}"
-            return self._fail((recv,), "corrupt", f"digest mismatch at {where}")
+            return self._fail(recv, "corrupt", f"digest mismatch at {where}")
         recv.num_remaining -= 1
         recv.num_bytes += job.num_bytes
         recv.num_pieces += 1
         if recv.num_remaining:
-            return ()
-        return (
-            Fetched(
-                recv.request.transfer_id, recv.num_bytes, recv.num_pieces, recv.verify_s, self.transport.describe()
-            ),
-        )
+            return []
+        detail = self._transport.describe()
+        return [Fetched(recv.request.transfer_id, recv.num_bytes, recv.num_pieces, recv.verify_s, detail)]
 
-    def _fail(self, recvs: Iterable[_Recv], reason: Literal["corrupt", "lost"], detail: str) -> list[ToService]:
-        messages: list[ToService] = []
-        for recv in recvs:
-            if not recv.failed:
-                recv.failed = True
-                messages.append(Failed(recv.request.transfer_id, reason, detail))
-        return messages
+    def _fail(self, recv: _Recv, reason: Literal["corrupt", "lost"], detail: str) -> list[ToService]:
+        if recv.failed:
+            return []
+        recv.failed = True
+        self.reads.drop(recv.claim)
+        return [Failed(recv.request.transfer_id, reason, detail)]
