@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from hexgen2.kv.codecs import NONE
+
 
 class Role(StrEnum):
     """The phase that a replica serves."""
@@ -57,11 +59,15 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``flow`` requests per second from a prefill to a decode replica; only the proportions count for routing."""
+    """``flow`` requests per second from a prefill to a decode replica; only the proportions count for routing.
+
+    ``codec`` is what their KV travels in, one of ``kv.codecs.CODECS``.
+    """
 
     prefill_replica_id: str
     decode_replica_id: str
     flow: float
+    codec: str = NONE
 
 
 @dataclass(frozen=True, slots=True)

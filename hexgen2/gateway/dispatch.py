@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from hexgen2.engine.base import Sampling
 from hexgen2.errors import EngineFailed, HexgenError, Overloaded, StaleEpoch, Unavailable
 from hexgen2.gateway.life import Side, TryAgain, Way, for_client
+from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Plan, Replica, ReplicaStatus, Role
 from hexgen2.routing import RouteKey, Router, pick_colocated, usable_routes
 
@@ -43,6 +44,8 @@ class Targets:
     decode: Replica | None
     #: Both ends of the route that the attempt counts against.
     key: RouteKey = ("", "")
+    #: What the KV travels in.
+    codec: str = NONE
 
 
 class Dispatch:
@@ -160,7 +163,7 @@ class Dispatch:
         prefill, decode = plan.replica(key[0]), plan.replica(key[1])
         if sampling.max_tokens == 1:
             return Targets(Way.FIRST_ONLY, plan.epoch, prefill, None, key)
-        return Targets(Way.HAND_OVER, plan.epoch, prefill, decode, key)
+        return Targets(Way.HAND_OVER, plan.epoch, prefill, decode, key, route.codec)
 
     def _on_decode(self, exclude: frozenset[str]) -> Targets | None:
         plan = self.plan

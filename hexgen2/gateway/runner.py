@@ -80,7 +80,10 @@ class Attempt:
         self._dispatch = dispatch
         self._peers = peers
         self._deadline = deadline
-        self._transfer = types_pb2.Transfer(transfer_id=secrets.token_hex(8), token=secrets.token_bytes(32))
+        # Also when decode changes: what has been written to the send buffer stays as it is.
+        self._transfer = types_pb2.Transfer(
+            transfer_id=secrets.token_hex(8), token=secrets.token_bytes(32), codec=targets.codec
+        )
         self._failed_decodes: frozenset[str] = frozenset()
 
     async def run(self, give: Give) -> TryAgain | Fail | None:

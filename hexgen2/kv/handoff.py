@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hexgen2.errors import TransferRefused
+from hexgen2.kv.codecs import NONE
 from hexgen2.kv.messages import Piece
 from hexgen2.kv.wire import CHUNK_TOKENS, KvShape, RankSlice, num_chunks
 
@@ -191,6 +192,8 @@ class RecvTransfer:
         raise TransferRefused(why)
 
 
-def header_for(model_sha256: bytes, prompt_digest: bytes, num_tokens: int, shape: KvShape, transport: str) -> Header:
+def header_for(
+    model_sha256: bytes, prompt_digest: bytes, num_tokens: int, shape: KvShape, transport: str, codec: str = NONE
+) -> Header:
     """The header of a transfer as this version makes and accepts it."""
-    return Header(model_sha256, prompt_digest, num_tokens, shape, "none", CHUNK_TOKENS, transport)
+    return Header(model_sha256, prompt_digest, num_tokens, shape, codec, CHUNK_TOKENS, transport)

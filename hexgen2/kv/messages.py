@@ -44,6 +44,7 @@ class OpenSend(Message, frozen=True):
     transfer_id: str
     token: bytes
     num_tokens: int
+    codec: str
     pages: tuple[int, ...]
 
 
@@ -53,6 +54,9 @@ class OpenRecv(Message, frozen=True):
     transfer_id: str
     token: bytes
     num_tokens: int
+    codec: str
+    #: The sources'; with codec "none" their bytes are of it.
+    dtype: str
     pages: tuple[int, ...]
     sources: tuple[Source, ...]
 

@@ -105,24 +105,32 @@ class Ranks:
         return await asyncio.shield(self._lost)
 
     async def open_send(
-        self, transfer_id: str, token: bytes, num_tokens: int, pages: tuple[int, ...], listener: Listener
+        self,
+        transfer_id: str,
+        token: bytes,
+        num_tokens: int,
+        codec: str,
+        pages: tuple[int, ...],
+        listener: Listener,
     ) -> None:
         """Every rank holds ``pages`` for a transfer; ``listener`` hears of its pieces."""
         self._listeners[transfer_id] = listener
-        await self._ask(OpenSend(transfer_id, token, num_tokens, pages), Opened)
+        await self._ask(OpenSend(transfer_id, token, num_tokens, codec, pages), Opened)
 
     async def open_recv(
         self,
         transfer_id: str,
         token: bytes,
         num_tokens: int,
+        codec: str,
+        dtype: str,
         pages: tuple[int, ...],
         sources: tuple[Source, ...],
         listener: Listener,
     ) -> None:
-        """Every rank holds ``pages`` for a transfer from ``sources``; ``listener`` hears how it goes."""
+        """Every rank holds ``pages`` for KV of ``dtype`` from ``sources``; ``listener`` hears how it goes."""
         self._listeners[transfer_id] = listener
-        await self._ask(OpenRecv(transfer_id, token, num_tokens, pages, sources), Opened)
+        await self._ask(OpenRecv(transfer_id, token, num_tokens, codec, dtype, pages, sources), Opened)
 
     def fetch(self, transfer_id: str, pieces: tuple[Piece, ...]) -> None:
         """Let every rank read what it needs of ``pieces``."""

@@ -6,6 +6,7 @@ from math import isfinite
 
 from hexgen2.engine.base import FinishReason, Logprob, SampledToken, Sampling
 from hexgen2.errors import InvalidRequest
+from hexgen2.kv.codecs import CODECS, NONE
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
 from hexgen2.v1 import types_pb2 as pb
 
@@ -240,13 +241,25 @@ def statuses_from_proto(messages: Iterable[pb.ReplicaStatus]) -> dict[str, Repli
     return {status.replica_id: status for status in statuses}
 
 
+def codec_from_proto(name: str, field: str) -> str:
+    """A known codec; "none" where the sender has said nothing."""
+    if name and name not in CODECS:
+        raise InvalidRequest(field, f"{name[:80]!r} is not one of {', '.join(CODECS)}")
+    return name or NONE
+
+
 def plan_to_proto(plan: Plan) -> pb.Plan:
     """A plan."""
     return pb.Plan(
         epoch=plan.epoch,
         replicas=[replica_to_proto(replica) for replica in plan.replicas],
         routes=[
-            pb.Route(prefill_replica_id=r.prefill_replica_id, decode_replica_id=r.decode_replica_id, flow=r.flow)
+            pb.Route(
+                prefill_replica_id=r.prefill_replica_id,
+                decode_replica_id=r.decode_replica_id,
+                flow=r.flow,
+                codec=r.codec,
+            )
             for r in plan.routes
         ],
         traceparent=plan.traceparent,
@@ -254,7 +267,7 @@ def plan_to_proto(plan: Plan) -> pb.Plan:
 
 
 def plan_from_proto(message: pb.Plan) -> Plan:
-    """A plan; its routes name its own replicas and their flow is a number of at least 0."""
+    """A plan; its routes name its own replicas and a known codec, and their flow is a number of at least 0."""
     replicas = tuple(replica_from_proto(each, f"plan.replicas[{i}]") for i, each in enumerate(message.replicas))
     roles = {replica.replica_id: replica.role for replica in replicas}
     for i, route in enumerate(message.routes):
@@ -264,5 +277,13 @@ def plan_from_proto(message: pb.Plan) -> Plan:
                 raise InvalidRequest(f"plan.routes[{i}].{field}", f"{replica_id!r} is no {role} replica of the plan")
         if not (isfinite(route.flow) and route.flow >= 0):
             raise InvalidRequest(f"plan.routes[{i}].flow", f"{route.flow} is not a number of at least 0")
-    routes = tuple(Route(each.prefill_replica_id, each.decode_replica_id, each.flow) for each in message.routes)
+    routes = tuple(
+        Route(
+            route.prefill_replica_id,
+            route.decode_replica_id,
+            route.flow,
+            codec_from_proto(route.codec, f"plan.routes[{i}].codec"),
+        )
+        for i, route in enumerate(message.routes)
+    )
     return Plan(message.epoch, replicas, routes, message.traceparent)

@@ -240,17 +240,21 @@ class Transfer(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     token: _builtins.bytes
+    codec: _builtins.str
+    """The route's. Both sides have it from the gateway, and what is offered must be what is expected."""
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         token: _builtins.bytes = ...,
+        codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "token", b"token", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -349,19 +353,23 @@ class Route(_message.Message):
     PREFILL_REPLICA_ID_FIELD_NUMBER: _builtins.int
     DECODE_REPLICA_ID_FIELD_NUMBER: _builtins.int
     FLOW_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
     prefill_replica_id: _builtins.str
     decode_replica_id: _builtins.str
     flow: _builtins.float
+    codec: _builtins.str
+    """What the KV of this route travels in: "none" (also when empty), "int8", "fp8" or "int4"."""
     def __init__(
         self,
         *,
         prefill_replica_id: _builtins.str = ...,
         decode_replica_id: _builtins.str = ...,
         flow: _builtins.float = ...,
+        codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_replica_id", b"decode_replica_id", "flow", b"flow", "prefill_replica_id", b"prefill_replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "decode_replica_id", b"decode_replica_id", "flow", b"flow", "prefill_replica_id", b"prefill_replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,6 +17,7 @@ from hexgen2 import metrics
 from hexgen2.engine.base import Engine, EngineOutput, EngineRequest, Sampling
 from hexgen2.errors import EngineFailed, HexgenError, KvCorrupt, TransferRefused, Unavailable
 from hexgen2.handover import for_decode
+from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import RecvState, RecvTransfer, header_for
 from hexgen2.kv.messages import Failed, Fetched, Loaded, Piece
 from hexgen2.kv.ranks import Event, Ranks
@@ -41,6 +42,7 @@ class RemoteKv:
     transfer_id: str
     token: bytes
     prefill_address: str
+    codec: str = NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ class DecodeWorker:
             len(job.prompt_token_ids),
             hello.shape,
             hello.transport,
+            remote.codec,
         )
         receiving = _Receiving(RecvTransfer(expected, len(self._ranks.hellos)))
         # The same transfer may be tried here twice (another call of the gateway): the key is this call's own.
@@ -205,7 +208,7 @@ class DecodeWorker:
                 await asyncio.wait((follow,))
             hello = self._ranks.hellos[0]
             summary = KvSummary(
-                receiving.num_bytes, receiving.num_pieces, receiving.transport, "none", monotonic() - began
+                receiving.num_bytes, receiving.num_pieces, receiving.transport, remote.codec, monotonic() - began
             )
             span.set_attributes(
                 {
@@ -261,7 +264,14 @@ class DecodeWorker:
                         with tracer.start_as_current_span("decode.queue"):
                             pages = await self._memory.acquire(key, chunks)
                         await self._ranks.open_recv(
-                            key, remote.token, transfer.expected.num_tokens, pages, message.sources, receiving.hear
+                            key,
+                            remote.token,
+                            transfer.expected.num_tokens,
+                            remote.codec,
+                            message.header.shape.dtype,
+                            pages,
+                            message.sources,
+                            receiving.hear,
                         )
                     case FirstToken():
                         if not receiving.first.done():

@@ -13,6 +13,7 @@ from hexgen2 import metrics
 from hexgen2.engine.base import Engine, EngineRequest, FinishReason, SampledToken, Sampling
 from hexgen2.errors import EngineFailed, InvalidRequest, TransferNotFound, Unavailable
 from hexgen2.handover import first_token_finish, for_prefill
+from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import Header, SendState, SendTransfer, header_for
 from hexgen2.kv.messages import Failed, Piece, Ready, Source
 from hexgen2.kv.ranks import Event, Ranks
@@ -35,6 +36,7 @@ class PrefillJob:
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     hand_over: bool
+    codec: str = NONE
     trace_headers: tuple[tuple[str, str], ...] = ()
 
 
@@ -113,7 +115,12 @@ class PrefillWorker:
         hello = self._ranks.hellos[0]
         num_tokens = len(job.prompt_token_ids)
         header = header_for(
-            self._engine.model.sha256, prompt_sha256(job.prompt_token_ids), num_tokens, hello.shape, hello.transport
+            self._engine.model.sha256,
+            prompt_sha256(job.prompt_token_ids),
+            num_tokens,
+            hello.shape,
+            hello.transport,
+            job.codec,
         )
         held = _Held(job.token, SendTransfer(header, [h.slice for h in self._ranks.hellos]))
         self._held[job.transfer_id] = held
@@ -123,7 +130,7 @@ class PrefillWorker:
             began = monotonic()
             with tracer.start_as_current_span("prefill.queue"):
                 held.pages = await self._memory.acquire(job.transfer_id, num_chunks(num_tokens))
-                await self._ranks.open_send(job.transfer_id, job.token, num_tokens, held.pages, held.hear)
+                await self._ranks.open_send(job.transfer_id, job.token, num_tokens, job.codec, held.pages, held.hear)
             held.transfer.hold()
             held.notify()
             yield Admitted(monotonic() - began)

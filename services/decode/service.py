@@ -10,7 +10,7 @@ from hexgen2.address import parse_address
 from hexgen2.engine.base import EngineOutput
 from hexgen2.errors import ConfigError, InvalidRequest
 from hexgen2.rpc.client import trace_metadata
-from hexgen2.rpc.convert import finish_to_proto, sampling_from_proto, token_to_proto
+from hexgen2.rpc.convert import codec_from_proto, finish_to_proto, sampling_from_proto, token_to_proto
 from hexgen2.rpc.kv_convert import summary_to_proto
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc
 from hexgen2.worker.aio import Gate
@@ -65,7 +65,12 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             if sampling.max_tokens < 2:
                 raise InvalidRequest("sampling.max_tokens", "an answer of one token needs no decode")
             transfer = request.remote_kv.transfer
-            remote = RemoteKv(transfer.transfer_id, transfer.token, request.remote_kv.prefill_address)
+            remote = RemoteKv(
+                transfer.transfer_id,
+                transfer.token,
+                request.remote_kv.prefill_address,
+                codec_from_proto(transfer.codec, "remote_kv.transfer.codec"),
+            )
         return DecodeJob(
             request_id=request.request_id,
             prompt_token_ids=check_prompt(request.prompt_token_ids, self._max_model_len, self._vocab_size),

@@ -9,7 +9,7 @@ import grpc
 from hexgen2.errors import InvalidRequest
 from hexgen2.kv.messages import Piece
 from hexgen2.rpc.client import trace_metadata
-from hexgen2.rpc.convert import sampling_from_proto
+from hexgen2.rpc.convert import codec_from_proto, sampling_from_proto
 from hexgen2.rpc.kv_convert import first_token_to_proto, offer_to_proto, pieces_to_proto
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
 from hexgen2.worker.aio import Gate
@@ -47,6 +47,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
                 prompt_token_ids=check_prompt(request.prompt_token_ids, self._max_model_len, self._vocab_size),
                 sampling=sampling_from_proto(request.sampling),
                 hand_over=request.hand_over,
+                codec=codec_from_proto(request.transfer.codec, "transfer.codec"),
                 trace_headers=trace_metadata(),
             )
             if job.sampling.needs_history:

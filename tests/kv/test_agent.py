@@ -28,7 +28,7 @@ def ready_pieces(events: list[Event]) -> tuple[Piece, ...]:
 async def send_all(sender: Replica, transfer_id: str, kv: torch.Tensor) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
     pages = tuple(range(num_chunks(kv.shape[3])))
     inbox = Inbox()
-    await sender.hub.open_send(transfer_id, TOKEN, kv.shape[3], pages, inbox)
+    await sender.hub.open_send(transfer_id, TOKEN, kv.shape[3], "none", pages, inbox)
     await asyncio.to_thread(sender.put, transfer_id, kv)
     expected = len(pages) * sum(s.num_layers for s in sender.slices)
     events = await inbox.wait(lambda events: len(ready_pieces(events)) == expected)
@@ -39,7 +39,9 @@ async def receive(
     receiver: Replica, sender: Replica, transfer_id: str, num_tokens: int, pages: tuple[int, ...], inbox: Inbox
 ) -> None:
     mine = tuple(reversed(range(num_chunks(num_tokens))))
-    await receiver.hub.open_recv(transfer_id, TOKEN, num_tokens, mine, sender.sources(pages), inbox)
+    await receiver.hub.open_recv(
+        transfer_id, TOKEN, num_tokens, "none", receiver.shape.dtype, mine, sender.sources(pages), inbox
+    )
 
 
 def all_of(kind: type[Event], ranks: int) -> Callable[[list[Event]], bool]:
@@ -146,13 +148,13 @@ async def test_kv_of_another_transfer_is_refused_though_it_is_whole() -> None:
         replica(ONE, SHAPE, memory(net), staging_pages=4) as receiver,
     ):
         inbox_a, inbox_b = Inbox(), Inbox()
-        await sender.hub.open_send("a", TOKEN, 100, (0,), inbox_a)
-        await sender.hub.open_send("b", TOKEN, 100, (1,), inbox_b)
+        await sender.hub.open_send("a", TOKEN, 100, "none", (0,), inbox_a)
+        await sender.hub.open_send("b", TOKEN, 100, "none", (1,), inbox_b)
         await asyncio.to_thread(sender.put, "a", random_kv(SHAPE, 100, seed=1))
         await asyncio.to_thread(sender.put, "b", random_kv(SHAPE, 100, seed=2))
         pieces = ready_pieces(await inbox_a.wait(lambda events: len(ready_pieces(events)) == 3))
         inbox = Inbox()
-        await receiver.hub.open_recv("a", TOKEN, 100, (0,), sender.sources((1,)), inbox)
+        await receiver.hub.open_recv("a", TOKEN, 100, "none", receiver.shape.dtype, (0,), sender.sources((1,)), inbox)
         receiver.hub.fetch("a", pieces)
         events = await inbox.wait(all_of(Failed, 1))
         assert [e.reason for e in events if isinstance(e, Failed)] == ["corrupt"]
@@ -188,7 +190,9 @@ async def test_slots_of_an_open_read_stay_in_quarantine_until_it_is_over() -> No
             await receiver.hub.close("t")
         await eventually(lambda: receiver.hub.quarantine_bytes > 0)
         again = Inbox()
-        await receiver.hub.open_recv("u", TOKEN, 200, (2, 3), sender.sources(pages), again)
+        await receiver.hub.open_recv(
+            "u", TOKEN, 200, "none", receiver.shape.dtype, (2, 3), sender.sources(pages), again
+        )
         receiver.hub.fetch("u", pieces)
         await again.wait(all_of(Fetched, 1))
         net.release()
@@ -223,12 +227,12 @@ async def test_an_aborted_send_ignores_what_the_engine_still_makes() -> None:
     net = MemoryNetwork()
     async with replica(ONE, SHAPE, memory(net), send_pages=2) as sender:
         inbox = Inbox()
-        await sender.hub.open_send("t", TOKEN, 10, (0,), inbox)
+        await sender.hub.open_send("t", TOKEN, 10, "none", (0,), inbox)
         assert sender.agents[0].is_sending("t")
         await sender.hub.close("t")
         assert not sender.agents[0].is_sending("t")
         await asyncio.to_thread(sender.put, "t", random_kv(SHAPE, 10))
-        await sender.hub.open_send("u", TOKEN, 10, (0,), inbox)
+        await sender.hub.open_send("u", TOKEN, 10, "none", (0,), inbox)
         await asyncio.to_thread(sender.put, "u", random_kv(SHAPE, 10))
         events = await inbox.wait(lambda events: len(ready_pieces(events)) == 3)
         assert {e.transfer_id for e in events} == {"u"}
@@ -250,12 +254,12 @@ async def test_when_an_agent_dies_whoever_waits_is_told() -> None:
     net = MemoryNetwork()
     async with replica(ONE, SHAPE, memory(net), send_pages=2) as sender:
         inbox = Inbox()
-        await sender.hub.open_send("t", TOKEN, 10, (0,), inbox)
+        await sender.hub.open_send("t", TOKEN, 10, "none", (0,), inbox)
         await asyncio.to_thread(sender.agents[0].close)
         assert "rank 0 is gone" in await asyncio.wait_for(sender.hub.lost(), DEADLINE_S)
         await inbox.wait(all_of(Failed, 1))
         with pytest.raises(EngineFailed):
-            await sender.hub.open_send("u", TOKEN, 10, (1,), inbox)
+            await sender.hub.open_send("u", TOKEN, 10, "none", (1,), inbox)
         await asyncio.wait_for(sender.hub.close("t"), DEADLINE_S)
 
 
@@ -298,7 +302,9 @@ async def test_a_peer_that_answers_no_read_leaves_slots_to_the_others() -> None:
         await eventually(lambda: stopped.drop < 1000)
         stopped.drop = 0
         pages, pieces = await send_all(lively, "l", kv)
-        await receiver.hub.open_recv("l", TOKEN, 300, (3, 4, 5), lively.sources(pages), lively_inbox)
+        await receiver.hub.open_recv(
+            "l", TOKEN, 300, "none", receiver.shape.dtype, (3, 4, 5), lively.sources(pages), lively_inbox
+        )
         receiver.hub.fetch("l", pieces)
         await lively_inbox.wait(all_of(Fetched, 1))
         assert receiver.agents[0].staged("s") is None
