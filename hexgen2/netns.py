@@ -1,177 +1,177 @@
-"""Network namespaces joined by links of a chosen rate, for measurements and tests on one machine. Linux, as root.
+"""Network namespaces joined by links that can be shaped, silenced and cut: a small network on one Linux machine.
 
-Each link is a veth pair, so what crosses it goes through the kernel's whole TCP/IP stack; ``tc tbf`` at both ends holds
-it to its rate. Everything is gone when the context ends; what a killed process left behind, when the next one begins.
+For root only (``why_not`` says). Namespaces have no names and are held by file descriptors of this process, so that
+nothing is left behind however it ends::
+
+    enter()                                         # this process, into a namespace of its own
+    here, there = Namespace.here(), Namespace.new()
+    link = Link.between(here, "10.1.0.1", there, "10.1.0.2")
+    subprocess.Popen([*there.command, "iperf", ...])
+    link.shape(bits_per_s=1e9)
 """
 
 import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
+from dataclasses import dataclass
+from itertools import count
 
-from hexgen2.errors import ConfigError
-
-#: As an end of a link: the namespace that this process is in.
-HOST = -1
-
-_PREFIX = "hxns"
-_FOLDER = Path("/var/run/netns")
 _CLONE_NEWNET = 0x40000000
-#: What may pass at once: at least a few of the largest segments that the kernel makes, and 2 ms of the rate.
-_BURST_BYTES, _BURST_S = 256 << 10, 0.002
+_TOOLS = ("ip", "tc", "nsenter")
+#: Bytes that may leave a shaped link at once: a few milliseconds of it, and never less than a few packets.
+_BURST_S = 0.004
+_MIN_BURST_BYTES = 16 << 10
+#: What may wait for a shaped link; the rest is dropped, as routers do.
+_LATENCY = "200ms"
+
+_numbers = count()
+
+
+class NetnsError(RuntimeError):
+    """The kernel or its tools refused; says what they said."""
+
+
+def why_not() -> str:
+    """Why there can be no namespaces here; empty when there can."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "not root"
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    # In a process of its own: containers may forbid any of it.
+    probe = [
+        "unshare",
+        "--net",
+        "sh",
+        "-c",
+        "ip link add h2a type veth peer name h2b && tc qdisc add dev h2a root tbf ",
+    ]
+    probe[-1] += "rate 1mbit burst 16kb latency 50ms"
+    try:
+        done = subprocess.run(probe, capture_output=True, text=True, timeout=10.0, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stderr.strip().splitlines()[-1] if done.returncode and done.stderr.strip() else ""
+
+
+def enter() -> None:
+    """Move this thread, and whatever it starts from now on, to a new namespace with loopback and forwarding.
+
+    Call it in the main thread, before any other thread is started.
+    """
+    _call("unshare", _CLONE_NEWNET)
+    _run("ip", "link", "set", "lo", "up")
+    with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
+        file.write("1")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """``command`` goes before a command that is to run there (it becomes that command: same process id)."""
+
+    path: str
+
+    @classmethod
+    def here(cls) -> "Namespace":
+        """That of this thread."""
+        return cls(_held(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)))
+
+    @classmethod
+    def new(cls) -> "Namespace":
+        """A new one, with loopback and nothing else."""
+        here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _call("unshare", _CLONE_NEWNET)
+            try:
+                made = cls.here()
+            finally:
+                _call("setns", here, _CLONE_NEWNET)
+        finally:
+            os.close(here)
+        made.run("ip", "link", "set", "lo", "up")
+        return made
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """See the class."""
+        return ("nsenter", f"--net={self.path}", "--")
+
+    def run(self, *command: str) -> None:
+        """Run a command there to its end. Raises NetnsError when it fails."""
+        _run(*self.command, *command)
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Joins nodes ``a`` and ``b`` (or HOST), each direction at ``rate_mbit``; None: as fast as the kernel."""
+    """A veth pair: ``a`` in one namespace, ``b`` in another, each with a /24 address."""
 
-    a: int
-    b: int
-    rate_mbit: float | None = None
+    a_side: Namespace
+    b_side: Namespace
+    a: str
+    b: str
 
+    @classmethod
+    def between(cls, a_side: Namespace, a_address: str, b_side: Namespace, b_address: str) -> "Link":
+        """A new link that is up."""
+        number = next(_numbers)
+        made = cls(a_side, b_side, f"h2a{number}", f"h2b{number}")
+        _run(
+            *("ip", "link", "add", made.a, "netns", a_side.path),
+            *("type", "veth", "peer", "name", made.b, "netns", b_side.path),
+        )
+        for side, device, address in ((a_side, made.a, a_address), (b_side, made.b, b_address)):
+            side.run("ip", "address", "add", f"{address}/24", "dev", device)
+            side.run("ip", "link", "set", device, "up")
+        return made
 
-def why_not() -> str | None:
-    """Why there can be no namespaces here; None where there can."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    if missing:
-        return f"network namespaces need {' and '.join(missing)} (package iproute2)"
-    probe = f"{_PREFIX}-{os.getpid()}-probe"
-    try:
-        _ip("netns", "add", probe)
-        _ip("netns", "del", probe)
-    except ConfigError as error:
-        return str(error)
-    return None
+    def route_all_through(self, gateway: str) -> None:
+        """Let ``b``'s side reach everything else through ``a``'s address."""
+        self.b_side.run("ip", "route", "replace", "default", "via", gateway, "dev", self.b)
 
+    def down(self) -> None:
+        """Cut: ``a`` knows at once, ``b`` loses its carrier."""
+        self.a_side.run("ip", "link", "set", self.a, "down")
 
-@dataclass(frozen=True, slots=True)
-class Network:
-    """Namespaces 0 to n-1. Made by ``network``."""
+    def up(self) -> None:
+        """Mend what ``down`` cut."""
+        self.a_side.run("ip", "link", "set", self.a, "up")
 
-    names: tuple[str, ...]
-    links: tuple[Link, ...]
-    _rates: dict[int, float | None] = field(default_factory=dict)
+    def silence(self) -> None:
+        """Drop every packet both ways without a word, as a switch that died does."""
+        for side, device in self._ends:
+            # No packet is as small as what this bucket ever holds.
+            side.run("tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", "8bit", "burst", "1", "limit", "1")
 
-    def address(self, link: int, node: int) -> str:
-        """Of this node's end of the link."""
-        ends = (self.links[link].a, self.links[link].b)
-        return f"10.{208 + os.getpid() % 40}.{link}.{1 + ends.index(node)}"
+    def shape(self, bits_per_s: float) -> None:
+        """Let so much through each way."""
+        burst = max(_MIN_BURST_BYTES, int(bits_per_s / 8 * _BURST_S))
+        limits = ("rate", f"{bits_per_s:.0f}bit", "burst", f"{burst}b", "latency", _LATENCY)
+        for side, device in self._ends:
+            side.run("tc", "qdisc", "replace", "dev", device, "root", "tbf", *limits)
 
-    def command(self, node: int, args: Sequence[str]) -> list[str]:
-        """``args`` so that they run in the node; the process id stays the command's own."""
-        return list(args) if node == HOST else ["ip", "netns", "exec", self.names[node], *args]
+    def unshape(self) -> None:
+        """End ``shape`` or ``silence``."""
+        for side, device in self._ends:
+            side.run("tc", "qdisc", "delete", "dev", device, "root")
 
-    def start(
-        self,
-        node: int,
-        args: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        stdout: "IO[bytes] | int | None" = None,
-        stderr: "IO[bytes] | int | None" = None,
-    ) -> "subprocess.Popen[bytes]":
-        """Start a command in the node. It is the caller's to end, before the network is."""
-        return subprocess.Popen(self.command(node, args), env=env, stdout=stdout, stderr=stderr)
-
-    def up(self, link: int) -> None:
-        """Let the link carry packets again."""
-        for node, device in self._ends(link):
-            _ip(*self._in(node), "link", "set", device, "up")
-
-    def down(self, link: int) -> None:
-        """Let the link drop everything, in both directions; connections stay open and silent."""
-        for node, device in self._ends(link):
-            _ip(*self._in(node), "link", "set", device, "down")
-
-    def shape(self, link: int, rate_mbit: float | None) -> None:
-        """Change the link's rate, both directions; None: as fast as the kernel."""
-        had = self._rates.get(link)
-        self._rates[link] = rate_mbit
-        for node, device in self._ends(link):
-            if rate_mbit is not None:
-                burst = max(_BURST_BYTES, int(rate_mbit * 1e6 / 8 * _BURST_S))
-                rate = ("rate", f"{rate_mbit * 1e6:.0f}bit", "burst", str(burst), "latency", "100ms")
-                _run("tc", *self._in(node), "qdisc", "replace", "dev", device, "root", "tbf", *rate)
-            elif had is not None:
-                _run("tc", *self._in(node), "qdisc", "del", "dev", device, "root")
-
-    def _in(self, node: int) -> tuple[str, ...]:
-        return () if node == HOST else ("-n", self.names[node])
-
-    def _ends(self, link: int) -> tuple[tuple[int, str], tuple[int, str]]:
-        # A device's name has at most 15 characters.
-        stem = f"hx{os.getpid() % 10**7}l{link}"
-        return (self.links[link].a, f"{stem}a"), (self.links[link].b, f"{stem}b")
+    @property
+    def _ends(self) -> tuple[tuple[Namespace, str], ...]:
+        return ((self.a_side, self.a), (self.b_side, self.b))
 
 
-@contextmanager
-def network(num_nodes: int, links: Sequence[Link]) -> Iterator[Network]:
-    """Make the namespaces and links. Processes in them must have ended by the end of the block.
-
-    Raises:
-        ConfigError: it cannot be done; see ``why_not``.
-    """
-    _remove_left_behind()
-    net = Network(tuple(f"{_PREFIX}-{os.getpid()}-{i}" for i in range(num_nodes)), tuple(links))
-    try:
-        for name in net.names:
-            _ip("netns", "add", name)
-            _ip("-n", name, "link", "set", "lo", "up")
-        for number, link in enumerate(links):
-            (a, device_a), (b, device_b) = net._ends(number)
-            # Made within a namespace, so that it goes with it.
-            first, second = ((b, device_b), (a, device_a)) if a == HOST else ((a, device_a), (b, device_b))
-            there = str(os.getpid()) if second[0] == HOST else net.names[second[0]]
-            _ip(
-                *(*net._in(first[0]), "link", "add", first[1], "type", "veth"),
-                *("peer", "name", second[1], "netns", there),
-            )
-            for node, device in ((a, device_a), (b, device_b)):
-                _ip(*net._in(node), "addr", "add", f"{net.address(number, node)}/24", "dev", device)
-            net.up(number)
-            net.shape(number, link.rate_mbit)
-        yield net
-    finally:
-        for name in net.names:
-            with suppress(ConfigError):  # never made
-                _ip("netns", "del", name)
+def _held(descriptor: int) -> str:
+    """A path to a descriptor that stays open as long as this process."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
-def enter(name: str) -> None:
-    """Move the calling thread, and what it starts from now on, into a namespace: first thing in a child process.
-
-    Raises:
-        OSError: no such namespace, or no right to it.
-    """
-    with (_FOLDER / name).open() as namespace:
-        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), name)
+def _call(name: str, *arguments: int) -> None:
+    # os.unshare and os.setns came with Python 3.12.
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments):
+        raise NetnsError(f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
-def _remove_left_behind() -> None:
-    for path in _FOLDER.glob(f"{_PREFIX}-*-*") if _FOLDER.is_dir() else ():
-        owner = path.name.split("-")[1]
-        if owner.isdigit() and not Path("/proc", owner).exists():
-            with suppress(ConfigError):  # somebody else is at it, too
-                _ip("netns", "del", path.name)
-
-
-def _ip(*args: str) -> None:
-    _run("ip", *args)
-
-
-def _run(*args: str) -> None:
-    try:
-        done = subprocess.run(args, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"network namespaces: {' '.join(args)}: {error}") from error
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10.0, check=False)
     if done.returncode:
-        raise ConfigError(f"network namespaces: {' '.join(args)}: {done.stderr.strip()}")
+        raise NetnsError(f"{' '.join(command)}: {done.stderr.strip()}")
