@@ -11,15 +11,18 @@ class Role(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    #: Both phases of a request, without a hand-over.
+    COLOCATED = "colocated"
 
 
 class ReplicaState(StrEnum):
-    """As its worker reports it; lost when it reports no more."""
+    """As its worker reports it; lost when it reports no more, stopped when it said that it would not."""
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
+    STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class Replica:
     transport: str
     #: host:port of its Prometheus metrics; empty when it serves none.
     metrics_address: str = ""
+    #: Can serve both phases, so that its role is the plan's to choose.
+    flexible: bool = False
+    #: Of the software.
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +68,36 @@ class ReplicaStatus:
 class Route:
     """``flow`` requests per second from a prefill to a decode replica; only the proportions count for routing.
 
-    ``codec`` is what their KV travels in, one of ``kv.codecs.CODECS``.
+    ``codec`` is what their KV travels in, one of ``kv.codecs.CODECS``. A route from a replica to itself: these requests
+    are served there as a whole.
     """
 
     prefill_replica_id: str
     decode_replica_id: str
     flow: float
     codec: str = NONE
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPrediction:
+    """Requests per second that a replica could serve and that the plan gives it."""
+
+    replica_id: str
+    capacity_rps: float
+    flow_rps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan promises: its largest flow, and mean times at ``load_rps``."""
+
+    throughput_rps: float
+    output_tokens_per_s: float
+    load_rps: float
+    #: None: more than the replicas carry.
+    ttft_s: float | None
+    tpot_s: float
+    replicas: tuple[ReplicaPrediction, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +108,10 @@ class Plan:
     replicas: tuple[Replica, ...] = ()
     routes: tuple[Route, ...] = ()
     traceparent: str = ""
+    #: Prompts of up to so many tokens are answered sooner by a decode replica alone; 0: none are.
+    colocate_max_prompt_tokens: int = 0
+    #: None when nobody planned: every prefill hands over to every decode replica.
+    prediction: Prediction | None = None
 
     def replica(self, replica_id: str) -> Replica:
         """The replica of that id; KeyError when the plan has none."""
@@ -85,3 +119,36 @@ class Plan:
             if replica.replica_id == replica_id:
                 return replica
         raise KeyError(replica_id)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteLoad:
+    """Requests in flight over one route."""
+
+    prefill_replica_id: str
+    decode_replica_id: str
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Requests of the last ``window_s`` seconds; means are over those that ended well, 0 where there were none."""
+
+    window_s: float = 0.0
+    num_arrived: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    mean_prompt_tokens: float = 0.0
+    mean_output_tokens: float = 0.0
+    mean_ttft_s: float = 0.0
+    #: Over answers of more than one token.
+    mean_tpot_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayLoad:
+    """What one gateway sees."""
+
+    gateway_id: str
+    routes: tuple[RouteLoad, ...] = ()
+    measured: Measured = Measured()

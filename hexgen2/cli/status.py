@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hexgen2.cli.client import get_plan
 from hexgen2.plan import ReplicaState
-from hexgen2.rpc.convert import plan_from_proto, status_from_proto
+from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
 
 _STYLES = {ReplicaState.READY: "green", ReplicaState.LOST: "red"}
 

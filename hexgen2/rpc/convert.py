@@ -1,13 +1,12 @@
 """Wire <-> domain, and the limits of what clients may ask for. Bad values raise InvalidRequest naming the field."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import isfinite
 
 from hexgen2.engine.base import FinishReason, Logprob, SampledToken, Sampling
 from hexgen2.errors import InvalidRequest
 from hexgen2.kv.codecs import CODECS, NONE
-from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
 from hexgen2.v1 import types_pb2 as pb
 
 #: vLLM's own default and limit.
@@ -19,16 +18,7 @@ _FINISH: Mapping[FinishReason | None, "pb.FinishReason.ValueType"] = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
-_ROLES: Mapping[Role, "pb.Role.ValueType"] = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
-_STATES: Mapping[ReplicaState, "pb.ReplicaState.ValueType"] = {
-    ReplicaState.STARTING: pb.REPLICA_STATE_STARTING,
-    ReplicaState.READY: pb.REPLICA_STATE_READY,
-    ReplicaState.DRAINING: pb.REPLICA_STATE_DRAINING,
-    ReplicaState.LOST: pb.REPLICA_STATE_LOST,
-}
 _FINISH_BACK = {value: key for key, value in _FINISH.items()}
-_ROLES_BACK = {value: key for key, value in _ROLES.items()}
-_STATES_BACK = {value: key for key, value in _STATES.items()}
 
 
 def sampling_to_proto(sampling: Sampling) -> pb.SamplingParams:
@@ -149,141 +139,8 @@ def finish_from_proto(value: "pb.FinishReason.ValueType") -> FinishReason | None
     return _FINISH_BACK[value]
 
 
-def role_to_proto(role: Role) -> "pb.Role.ValueType":
-    """The role on the wire."""
-    return _ROLES[role]
-
-
-def role_from_proto(value: "pb.Role.ValueType", field: str = "role") -> Role:
-    """The role; InvalidRequest when unset or unknown."""
-    if value not in _ROLES_BACK:
-        raise InvalidRequest(field, f"must be ROLE_PREFILL or ROLE_DECODE, is {value}")
-    return _ROLES_BACK[value]
-
-
-def state_to_proto(state: ReplicaState) -> "pb.ReplicaState.ValueType":
-    """The state on the wire."""
-    return _STATES[state]
-
-
-def state_from_proto(value: "pb.ReplicaState.ValueType", field: str = "state") -> ReplicaState:
-    """The state; InvalidRequest when unset or unknown."""
-    if value not in _STATES_BACK:
-        raise InvalidRequest(field, f"must be a known state, is {value}")
-    return _STATES_BACK[value]
-
-
-def replica_to_proto(replica: Replica) -> pb.Replica:
-    """A replica as registered."""
-    return pb.Replica(
-        replica_id=replica.replica_id,
-        role=_ROLES[replica.role],
-        address=replica.address,
-        model=replica.model,
-        model_sha256=replica.model_sha256,
-        incarnation=replica.incarnation,
-        max_model_len=replica.max_model_len,
-        transport=replica.transport,
-        metrics_address=replica.metrics_address,
-    )
-
-
-def replica_from_proto(message: pb.Replica, field: str = "replica") -> Replica:
-    """A replica; ``field`` is its path in errors."""
-    return Replica(
-        replica_id=message.replica_id,
-        role=role_from_proto(message.role, f"{field}.role"),
-        address=message.address,
-        model=message.model,
-        model_sha256=message.model_sha256,
-        incarnation=message.incarnation,
-        max_model_len=message.max_model_len,
-        transport=message.transport,
-        metrics_address=message.metrics_address,
-    )
-
-
-def load_to_proto(load: Load) -> pb.Load:
-    """What a replica is busy with."""
-    return pb.Load(
-        num_requests_running=load.num_requests_running,
-        num_requests_waiting=load.num_requests_waiting,
-        kv_pool_bytes_used=load.kv_pool_bytes_used,
-        kv_pool_bytes_total=load.kv_pool_bytes_total,
-    )
-
-
-def load_from_proto(message: pb.Load) -> Load:
-    """What a replica is busy with."""
-    return Load(
-        message.num_requests_running,
-        message.num_requests_waiting,
-        message.kv_pool_bytes_used,
-        message.kv_pool_bytes_total,
-    )
-
-
-def status_to_proto(status: ReplicaStatus) -> pb.ReplicaStatus:
-    """A replica's state and load."""
-    return pb.ReplicaStatus(replica_id=status.replica_id, state=_STATES[status.state], load=load_to_proto(status.load))
-
-
-def status_from_proto(message: pb.ReplicaStatus, field: str = "status") -> ReplicaStatus:
-    """A replica's state and load."""
-    return ReplicaStatus(
-        message.replica_id, state_from_proto(message.state, f"{field}.state"), load_from_proto(message.load)
-    )
-
-
-def statuses_from_proto(messages: Iterable[pb.ReplicaStatus]) -> dict[str, ReplicaStatus]:
-    """Statuses by replica id."""
-    statuses = (status_from_proto(message, f"statuses[{i}]") for i, message in enumerate(messages))
-    return {status.replica_id: status for status in statuses}
-
-
 def codec_from_proto(name: str, field: str) -> str:
     """A known codec; "none" where the sender has said nothing."""
     if name and name not in CODECS:
         raise InvalidRequest(field, f"{name[:80]!r} is not one of {', '.join(CODECS)}")
     return name or NONE
-
-
-def plan_to_proto(plan: Plan) -> pb.Plan:
-    """A plan."""
-    return pb.Plan(
-        epoch=plan.epoch,
-        replicas=[replica_to_proto(replica) for replica in plan.replicas],
-        routes=[
-            pb.Route(
-                prefill_replica_id=r.prefill_replica_id,
-                decode_replica_id=r.decode_replica_id,
-                flow=r.flow,
-                codec=r.codec,
-            )
-            for r in plan.routes
-        ],
-        traceparent=plan.traceparent,
-    )
-
-
-def plan_from_proto(message: pb.Plan) -> Plan:
-    """A plan; its routes name its own replicas and a known codec, and their flow is a number of at least 0."""
-    replicas = tuple(replica_from_proto(each, f"plan.replicas[{i}]") for i, each in enumerate(message.replicas))
-    roles = {replica.replica_id: replica.role for replica in replicas}
-    for i, route in enumerate(message.routes):
-        for field, role in (("prefill_replica_id", Role.PREFILL), ("decode_replica_id", Role.DECODE)):
-            replica_id = getattr(route, field)
-            if roles.get(replica_id) is not role:
-                raise InvalidRequest(f"plan.routes[{i}].{field}", f"{replica_id!r} is no {role} replica of the plan")
-        if not (isfinite(route.flow) and route.flow >= 0):
-            raise InvalidRequest(f"plan.routes[{i}].flow", f"{route.flow} is not a number of at least 0")
-    routes = tuple(
-        Route(
-            route.prefill_replica_id,
-            route.decode_replica_id,
-            route.flow,
-            codec_from_proto(route.codec, f"plan.routes[{i}].codec"),
-        )
-        for i, route in enumerate(message.routes)
-    )
-    return Plan(message.epoch, replicas, routes, message.traceparent)

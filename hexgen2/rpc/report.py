@@ -11,9 +11,9 @@ import grpc
 import structlog
 
 from hexgen2.errors import HexgenError, Unavailable
-from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role
+from hexgen2.plan import GatewayLoad, Load, Plan, Replica, ReplicaState, ReplicaStatus, Role
 from hexgen2.routing import ready, usable_routes
-from hexgen2.rpc import convert
+from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.client import channel, to_error
 from hexgen2.v1 import coordinator_pb2 as pb
 from hexgen2.v1 import coordinator_pb2_grpc
@@ -97,6 +97,10 @@ class PlanWatcher:
     def __init__(self, coordinator_address: str, settle_s: float = SETTLE_S) -> None:
         self.plan = Plan(0)
         self.statuses: Mapping[str, ReplicaStatus] = {}
+        #: What every gateway has in flight, this one included, as it reported it.
+        self.gateways: tuple[GatewayLoad, ...] = ()
+        # The coordinator's plan; ``plan`` is another while it is held.
+        self._heard = Plan(0)
         self._address = coordinator_address
         self._settle_s = settle_s
         self._pending: tuple[Plan, Mapping[str, ReplicaStatus]] | None = None
@@ -114,9 +118,7 @@ class PlanWatcher:
                         # No deadline: the stream lasts as long as the gateway; keepalive finds a silent coordinator.
                         async for message in stub.WatchPlan(pb.WatchPlanRequest()):
                             self._note(None)
-                            self._hear(
-                                convert.plan_from_proto(message.plan), convert.statuses_from_proto(message.statuses)
-                            )
+                            self._hear(message)
                         self._note("it ended the watch")
                     except grpc.aio.AioRpcError as error:
                         self._note(_reason(to_error(error)))
@@ -168,7 +170,11 @@ class PlanWatcher:
             return f"no worker has registered at coordinator {self._address}"
         return ", ".join(f"{key} is {status.state}" for key, status in sorted(self.statuses.items()))
 
-    def _hear(self, plan: Plan, statuses: Mapping[str, ReplicaStatus]) -> None:
+    def _hear(self, message: pb.WatchPlanResponse) -> None:
+        if message.HasField("plan"):
+            self._heard = convert.plan_from_proto(message.plan)
+        plan, statuses = self._heard, convert.statuses_from_proto(message.statuses)
+        self.gateways = tuple(convert.gateway_from_proto(each) for each in message.gateways)
         if covers(plan, self.plan, self.statuses):
             self._discard_pending()
             self._adopt(plan, statuses)

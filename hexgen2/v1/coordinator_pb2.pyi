@@ -26,7 +26,13 @@ class ReportRequest(_message.Message):
     REPLICA_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    UNIX_TIME_S_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ReplicaState.ValueType
+    reason: _builtins.str
+    """With REPLICA_STATE_STOPPED: why."""
+    unix_time_s: _builtins.float
+    """The worker's clock, seconds since 1970; 0: not told."""
     @_builtins.property
     def replica(self) -> _types_pb2.Replica: ...
     @_builtins.property
@@ -37,10 +43,12 @@ class ReportRequest(_message.Message):
         replica: _types_pb2.Replica | None = ...,
         state: _types_pb2.ReplicaState.ValueType = ...,
         load: _types_pb2.Load | None = ...,
+        reason: _builtins.str = ...,
+        unix_time_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "replica", b"replica", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "reason", b"reason", "replica", b"replica", "state", b"state", "unix_time_s", b"unix_time_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -52,21 +60,61 @@ class ReportResponse(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     PLAN_EPOCH_FIELD_NUMBER: _builtins.int
+    ROLE_EPOCH_FIELD_NUMBER: _builtins.int
     role: _types_pb2.Role.ValueType
+    """What the plan has the replica do; ROLE_UNSPECIFIED once it has stopped."""
     plan_epoch: _builtins.int
+    role_epoch: _builtins.int
+    """The first epoch of that role. What was routed by an earlier one is not for this role."""
     def __init__(
         self,
         *,
         role: _types_pb2.Role.ValueType = ...,
         plan_epoch: _builtins.int = ...,
+        role_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_epoch", b"plan_epoch", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_epoch", b"plan_epoch", "role", b"role", "role_epoch", b"role_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
+
+@_typing.final
+class ReportGatewayRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gateway(self) -> _types_pb2.GatewayLoad: ...
+    def __init__(
+        self,
+        *,
+        gateway: _types_pb2.GatewayLoad | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportGatewayRequest: _TypeAlias = ReportGatewayRequest  # noqa: Y015
+
+@_typing.final
+class ReportGatewayResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportGatewayResponse: _TypeAlias = ReportGatewayResponse  # noqa: Y015
 
 @_typing.final
 class WatchPlanRequest(_message.Message):
@@ -89,19 +137,25 @@ class WatchPlanResponse(_message.Message):
 
     PLAN_FIELD_NUMBER: _builtins.int
     STATUSES_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def plan(self) -> _types_pb2.Plan: ...
+    def plan(self) -> _types_pb2.Plan:
+        """Absent when it is the one that this stream sent last."""
+
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaStatus]: ...
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GatewayLoad]: ...
     def __init__(
         self,
         *,
         plan: _types_pb2.Plan | None = ...,
         statuses: _abc.Iterable[_types_pb2.ReplicaStatus] | None = ...,
+        gateways: _abc.Iterable[_types_pb2.GatewayLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "plan", b"plan", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,19 +182,23 @@ class GetPlanResponse(_message.Message):
 
     PLAN_FIELD_NUMBER: _builtins.int
     STATUSES_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _types_pb2.Plan: ...
     @_builtins.property
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaStatus]: ...
+    @_builtins.property
+    def gateways(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GatewayLoad]: ...
     def __init__(
         self,
         *,
         plan: _types_pb2.Plan | None = ...,
         statuses: _abc.Iterable[_types_pb2.ReplicaStatus] | None = ...,
+        gateways: _abc.Iterable[_types_pb2.GatewayLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "plan", b"plan", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,6 +39,11 @@ class CoordinatorStub:
                 request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportRequest.SerializeToString,
                 response_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.ReportGateway = channel.unary_unary(
+                '/hexgen2.v1.Coordinator/ReportGateway',
+                request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportGatewayRequest.SerializeToString,
+                response_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportGatewayResponse.FromString,
+                _registered_method=True)
         self.WatchPlan = channel.unary_stream(
                 '/hexgen2.v1.Coordinator/WatchPlan',
                 request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.WatchPlanRequest.SerializeToString,
@@ -56,6 +61,13 @@ class CoordinatorServicer:
 
     def Report(self, request, context):
         """Registration, heartbeat and load of a worker, once a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportGateway(self, request, context):
+        """What a gateway has in flight and measures, once a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,6 +93,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportRequest.FromString,
                     response_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportResponse.SerializeToString,
+            ),
+            'ReportGateway': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportGateway,
+                    request_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportGatewayRequest.FromString,
+                    response_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ReportGatewayResponse.SerializeToString,
             ),
             'WatchPlan': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchPlan,
@@ -120,6 +137,33 @@ class Coordinator:
             '/hexgen2.v1.Coordinator/Report',
             hexgen2_dot_v1_dot_coordinator__pb2.ReportRequest.SerializeToString,
             hexgen2_dot_v1_dot_coordinator__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportGateway(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hexgen2.v1.Coordinator/ReportGateway',
+            hexgen2_dot_v1_dot_coordinator__pb2.ReportGatewayRequest.SerializeToString,
+            hexgen2_dot_v1_dot_coordinator__pb2.ReportGatewayResponse.FromString,
             options,
             channel_credentials,
             insecure,

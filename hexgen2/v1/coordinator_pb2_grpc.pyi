@@ -33,6 +33,8 @@ class CoordinatorStub:
     def __new__(cls, channel: _aio.Channel) -> CoordinatorAsyncStub: ...
     Report: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRequest, _coordinator_pb2.ReportResponse]
     """Registration, heartbeat and load of a worker, once a second."""
+    ReportGateway: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ReportGatewayRequest, _coordinator_pb2.ReportGatewayResponse]
+    """What a gateway has in flight and measures, once a second."""
     WatchPlan: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchPlanRequest, _coordinator_pb2.WatchPlanResponse]
     """The plan now, and again at every change of plan or of a replica's state."""
     GetPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]
@@ -42,6 +44,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Report: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportRequest, _coordinator_pb2.ReportResponse]  # type: ignore[assignment]
     """Registration, heartbeat and load of a worker, once a second."""
+    ReportGateway: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ReportGatewayRequest, _coordinator_pb2.ReportGatewayResponse]  # type: ignore[assignment]
+    """What a gateway has in flight and measures, once a second."""
     WatchPlan: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchPlanRequest, _coordinator_pb2.WatchPlanResponse]  # type: ignore[assignment]
     """The plan now, and again at every change of plan or of a replica's state."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]  # type: ignore[assignment]
@@ -54,6 +58,14 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ReportResponse, _abc.Awaitable[_coordinator_pb2.ReportResponse]]:
         """Registration, heartbeat and load of a worker, once a second."""
+
+    @_abc_1.abstractmethod
+    def ReportGateway(
+        self,
+        request: _coordinator_pb2.ReportGatewayRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ReportGatewayResponse, _abc.Awaitable[_coordinator_pb2.ReportGatewayResponse]]:
+        """What a gateway has in flight and measures, once a second."""
 
     @_abc_1.abstractmethod
     def WatchPlan(

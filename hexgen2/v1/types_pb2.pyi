@@ -46,12 +46,16 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     ROLE_PREFILL: _Role.ValueType  # 1
     ROLE_DECODE: _Role.ValueType  # 2
+    ROLE_COLOCATED: _Role.ValueType  # 3
+    """Serves whole requests, without a hand-over."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper): ...
 
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 ROLE_PREFILL: Role.ValueType  # 1
 ROLE_DECODE: Role.ValueType  # 2
+ROLE_COLOCATED: Role.ValueType  # 3
+"""Serves whole requests, without a hand-over."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _ReplicaState:
@@ -65,6 +69,8 @@ class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaS
     REPLICA_STATE_READY: _ReplicaState.ValueType  # 2
     REPLICA_STATE_DRAINING: _ReplicaState.ValueType  # 3
     REPLICA_STATE_LOST: _ReplicaState.ValueType  # 4
+    REPLICA_STATE_STOPPED: _ReplicaState.ValueType  # 5
+    """Its worker has ended of its own accord, or is just about to: nothing is lost."""
 
 class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper): ...
 
@@ -73,6 +79,8 @@ REPLICA_STATE_STARTING: ReplicaState.ValueType  # 1
 REPLICA_STATE_READY: ReplicaState.ValueType  # 2
 REPLICA_STATE_DRAINING: ReplicaState.ValueType  # 3
 REPLICA_STATE_LOST: ReplicaState.ValueType  # 4
+REPLICA_STATE_STOPPED: ReplicaState.ValueType  # 5
+"""Its worker has ended of its own accord, or is just about to: nothing is lost."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final
@@ -310,6 +318,8 @@ class Replica(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     TRANSPORT_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    FLEXIBLE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     role: Global___Role.ValueType
     address: _builtins.str
@@ -323,6 +333,10 @@ class Replica(_message.Message):
     """What carries its KV, e.g. "ucx (tcp)"."""
     metrics_address: _builtins.str
     """host:port where it serves Prometheus metrics over HTTP; empty when it does not."""
+    flexible: _builtins.bool
+    """Can serve both phases: its role is the plan's to choose, and may change while it runs."""
+    version: _builtins.str
+    """Of the software; all of a fleet run the same."""
     def __init__(
         self,
         *,
@@ -335,10 +349,12 @@ class Replica(_message.Message):
         max_model_len: _builtins.int = ...,
         transport: _builtins.str = ...,
         metrics_address: _builtins.str = ...,
+        flexible: _builtins.bool = ...,
+        version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "flexible", b"flexible", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "transport", b"transport", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,7 +362,9 @@ Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class Route(_message.Message):
-    """How many requests per second the plan sends from one prefill to one decode replica."""
+    """How many requests per second the plan sends from one prefill to one decode replica; from a replica to itself: served
+    there as a whole.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -383,13 +401,21 @@ class Plan(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     ROUTES_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    COLOCATE_MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     traceparent: _builtins.str
     """W3C trace context of the span that made this plan, for links from requests."""
+    colocate_max_prompt_tokens: _builtins.int
+    """Prompts of up to so many tokens are answered sooner by a decode replica alone; 0: none are."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
     @_builtins.property
     def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]: ...
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """Absent when nobody planned: every prefill hands over to every decode replica."""
+
     def __init__(
         self,
         *,
@@ -397,14 +423,81 @@ class Plan(_message.Message):
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         routes: _abc.Iterable[Global___Route] | None = ...,
         traceparent: _builtins.str = ...,
+        colocate_max_prompt_tokens: _builtins.int = ...,
+        prediction: Global___Prediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "replicas", b"replicas", "routes", b"routes", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["colocate_max_prompt_tokens", b"colocate_max_prompt_tokens", "epoch", b"epoch", "prediction", b"prediction", "replicas", b"replicas", "routes", b"routes", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    """What the plan promises."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THROUGHPUT_RPS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    LOAD_RPS_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    throughput_rps: _builtins.float
+    output_tokens_per_s: _builtins.float
+    load_rps: _builtins.float
+    """Means at load_rps; ttft_s is absent when that is more than the replicas carry."""
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaPrediction]: ...
+    def __init__(
+        self,
+        *,
+        throughput_rps: _builtins.float = ...,
+        output_tokens_per_s: _builtins.float = ...,
+        load_rps: _builtins.float = ...,
+        ttft_s: _builtins.float | None = ...,
+        tpot_s: _builtins.float = ...,
+        replicas: _abc.Iterable[Global___ReplicaPrediction] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "load_rps", b"load_rps", "output_tokens_per_s", b"output_tokens_per_s", "replicas", b"replicas", "throughput_rps", b"throughput_rps", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_s) -> _WhichOneofReturnType__ttft_s | None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class ReplicaPrediction(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    CAPACITY_RPS_FIELD_NUMBER: _builtins.int
+    FLOW_RPS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    capacity_rps: _builtins.float
+    flow_rps: _builtins.float
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        capacity_rps: _builtins.float = ...,
+        flow_rps: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_rps", b"capacity_rps", "flow_rps", b"flow_rps", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaPrediction: _TypeAlias = ReplicaPrediction  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
@@ -460,3 +553,102 @@ class ReplicaStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
+
+@_typing.final
+class RouteLoad(_message.Message):
+    """Requests in flight over one route (both ends the same: served there as a whole)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_REPLICA_ID_FIELD_NUMBER: _builtins.int
+    DECODE_REPLICA_ID_FIELD_NUMBER: _builtins.int
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    prefill_replica_id: _builtins.str
+    decode_replica_id: _builtins.str
+    num_requests: _builtins.int
+    def __init__(
+        self,
+        *,
+        prefill_replica_id: _builtins.str = ...,
+        decode_replica_id: _builtins.str = ...,
+        num_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_replica_id", b"decode_replica_id", "num_requests", b"num_requests", "prefill_replica_id", b"prefill_replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteLoad: _TypeAlias = RouteLoad  # noqa: Y015
+
+@_typing.final
+class GatewayLoad(_message.Message):
+    """What one gateway sees."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    gateway_id: _builtins.str
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteLoad]: ...
+    @_builtins.property
+    def measured(self) -> Global___Measured: ...
+    def __init__(
+        self,
+        *,
+        gateway_id: _builtins.str = ...,
+        routes: _abc.Iterable[Global___RouteLoad] | None = ...,
+        measured: Global___Measured | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "measured", b"measured", "routes", b"routes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayLoad: _TypeAlias = GatewayLoad  # noqa: Y015
+
+@_typing.final
+class Measured(_message.Message):
+    """Requests of the last window_s seconds. Means are over those that ended well; 0 where there were none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    NUM_ARRIVED_FIELD_NUMBER: _builtins.int
+    NUM_FINISHED_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_FIELD_NUMBER: _builtins.int
+    MEAN_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_TTFT_S_FIELD_NUMBER: _builtins.int
+    MEAN_TPOT_S_FIELD_NUMBER: _builtins.int
+    window_s: _builtins.float
+    num_arrived: _builtins.int
+    num_finished: _builtins.int
+    num_failed: _builtins.int
+    mean_prompt_tokens: _builtins.float
+    mean_output_tokens: _builtins.float
+    mean_ttft_s: _builtins.float
+    mean_tpot_s: _builtins.float
+    """Over answers of more than one token."""
+    def __init__(
+        self,
+        *,
+        window_s: _builtins.float = ...,
+        num_arrived: _builtins.int = ...,
+        num_finished: _builtins.int = ...,
+        num_failed: _builtins.int = ...,
+        mean_prompt_tokens: _builtins.float = ...,
+        mean_output_tokens: _builtins.float = ...,
+        mean_ttft_s: _builtins.float = ...,
+        mean_tpot_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_output_tokens", b"mean_output_tokens", "mean_prompt_tokens", b"mean_prompt_tokens", "mean_tpot_s", b"mean_tpot_s", "mean_ttft_s", b"mean_ttft_s", "num_arrived", b"num_arrived", "num_failed", b"num_failed", "num_finished", b"num_finished", "window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Measured: _TypeAlias = Measured  # noqa: Y015

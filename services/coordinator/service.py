@@ -9,11 +9,12 @@ from opentelemetry import trace
 
 from hexgen2.errors import InvalidRequest, ReplicaConflict, Unavailable
 from hexgen2.fleet_state import Change, FleetState
+from hexgen2.gateway_loads import GatewayLoads
 from hexgen2.plan import ReplicaState
-from hexgen2.rpc import convert
+from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.client import traceparent
 from hexgen2.v1 import coordinator_pb2 as pb
-from hexgen2.v1 import coordinator_pb2_grpc
+from hexgen2.v1 import coordinator_pb2_grpc, types_pb2
 
 #: Loads change all the time; watchers hear of them at most this often.
 LOAD_INTERVAL_S = 1.0
@@ -46,6 +47,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._versions = (0, 0)
         self._changed = asyncio.Event()
         self._refused: dict[str, str] = {}
+        self._gateways = GatewayLoads()
 
     async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
         """Registration, heartbeat and load of a worker."""
@@ -62,21 +64,29 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._follow(change)
         return pb.ReportResponse(role=convert.role_to_proto(replica.role), plan_epoch=self._state.plan.epoch)
 
+    async def ReportGateway(self, request: pb.ReportGatewayRequest, context: Any) -> pb.ReportGatewayResponse:
+        """What a gateway has in flight and measures."""
+        self._gateways.report(convert.gateway_from_proto(request.gateway), self._clock())
+        self._follow(Change.LOAD)
+        return pb.ReportGatewayResponse()
+
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         """The plan and every replica's status, now."""
         return pb.GetPlanResponse(
-            plan=convert.plan_to_proto(self._state.plan),
-            statuses=[convert.status_to_proto(status) for status in self._state.statuses],
+            plan=convert.plan_to_proto(self._state.plan), statuses=self._statuses(), gateways=self._loads()
         )
 
     async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.WatchPlanResponse]:
         """The plan now, at once when it or a state changes, and at most once a second when loads do."""
+        sent: int | None = None
         while not self._closed:
-            seen, sent_s = self._versions, self._clock()
-            yield pb.WatchPlanResponse(
-                plan=convert.plan_to_proto(self._state.plan),
-                statuses=[convert.status_to_proto(status) for status in self._state.statuses],
-            )
+            seen, sent_s, plan = self._versions, self._clock(), self._state.plan
+            message = pb.WatchPlanResponse(statuses=self._statuses(), gateways=self._loads())
+            # A plan of hundreds of replicas has thousands of routes, and loads change every second.
+            if plan.epoch != sent:
+                message.plan.CopyFrom(convert.plan_to_proto(plan))
+                sent = plan.epoch
+            yield message
             await self._news(seen, sent_s)
         raise Unavailable("the coordinator is stopping")
 
@@ -120,6 +130,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         states, loads = self._versions
         self._versions = (states, loads + 1) if change is Change.LOAD else (states + 1, loads)
         self._wake()
+
+    def _statuses(self) -> list[types_pb2.ReplicaStatus]:
+        return [convert.status_to_proto(status) for status in self._state.statuses]
+
+    def _loads(self) -> list[types_pb2.GatewayLoad]:
+        return [convert.gateway_to_proto(load) for load in self._gateways.current(self._clock())]
 
     def _wake(self) -> None:
         self._changed.set()

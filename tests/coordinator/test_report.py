@@ -16,7 +16,7 @@ import structlog
 
 from hexgen2.errors import Unavailable
 from hexgen2.plan import Load, Plan, ReplicaState
-from hexgen2.rpc import convert
+from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.report import PlanWatcher, Reporter
 from hexgen2.v1 import coordinator_pb2 as pb
 from tests.coordinator.harness import connected, coordinator, replica, running

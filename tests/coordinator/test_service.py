@@ -10,8 +10,8 @@ import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from hexgen2.plan import Load, Replica, ReplicaState, Role, Route
-from hexgen2.rpc import convert
+from hexgen2.plan import GatewayLoad, Load, Measured, Plan, Replica, ReplicaState, Role, Route, RouteLoad
+from hexgen2.rpc import plan_convert as convert
 from hexgen2.v1 import coordinator_pb2 as pb
 from hexgen2.v1 import types_pb2
 from tests.coordinator.harness import connected, coordinator, replica
@@ -30,6 +30,7 @@ def report(replica: Replica, state: ReplicaState = READY, load: Load | None = No
 class Watch:
     def __init__(self, stub: Any) -> None:
         self._call = stub.WatchPlan(pb.WatchPlanRequest())
+        self._plan = Plan(0)
 
     async def next(self) -> Any:
         async with asyncio.timeout(10):
@@ -37,7 +38,10 @@ class Watch:
         if message is grpc.aio.EOF:
             return await self._call.code()
         statuses = convert.statuses_from_proto(message.statuses)
-        return convert.plan_from_proto(message.plan), {key: status.state for key, status in statuses.items()}
+        if message.HasField("plan"):
+            assert message.plan.epoch != self._plan.epoch
+            self._plan = convert.plan_from_proto(message.plan)
+        return self._plan, {key: status.state for key, status in statuses.items()}
 
 
 async def test_a_watcher_hears_the_plan_at_once_and_every_change() -> None:
@@ -88,6 +92,19 @@ async def test_a_load_is_pushed_once_its_interval_is_over() -> None:
         call.cancel()
 
 
+async def test_what_gateways_have_in_flight_reaches_every_watcher() -> None:
+    seen = GatewayLoad("g1", (RouteLoad("p1", "d1", 3),), Measured(60.0, 9, 8, 1, 100.0, 10.0, 0.5, 0.02))
+    async with coordinator() as address, connected(address) as stub:
+        call = stub.WatchPlan(pb.WatchPlanRequest())
+        await call.read()
+        await stub.ReportGateway(pb.ReportGatewayRequest(gateway=convert.gateway_to_proto(seen)))
+        async with asyncio.timeout(10):
+            message: Any = await call.read()
+        assert not message.HasField("plan")
+        assert [convert.gateway_from_proto(each) for each in message.gateways] == [seen]
+        call.cancel()
+
+
 async def test_a_worker_that_falls_silent_is_lost_and_its_routes_go() -> None:
     async with coordinator(lost_after_s=0.3) as address, connected(address) as stub:
         await stub.Report(report(replica("p1")))
@@ -109,7 +126,7 @@ async def test_a_worker_that_falls_silent_is_lost_and_its_routes_go() -> None:
 @pytest.mark.parametrize(
     ("request_", "details"),
     [
-        (pb.ReportRequest(), "replica.role: must be ROLE_PREFILL or ROLE_DECODE, is 0"),
+        (pb.ReportRequest(), "replica.role: must be a known role, is 0"),
         (
             pb.ReportRequest(replica=types_pb2.Replica(role=types_pb2.ROLE_DECODE)),
             "state: must be a known state, is 0",

@@ -24,6 +24,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
     async def Report(self, request: Any, context: Any) -> coordinator_pb2.ReportResponse:
         return coordinator_pb2.ReportResponse()
 
+    async def ReportGateway(self, request: Any, context: Any) -> coordinator_pb2.ReportGatewayResponse:
+        return coordinator_pb2.ReportGatewayResponse()
+
     async def GetPlan(self, request: Any, context: Any) -> coordinator_pb2.GetPlanResponse:
         return await self.unary(context)
 

@@ -9,8 +9,21 @@ from hypothesis import strategies as st
 
 from hexgen2.engine.base import FinishReason, Logprob, SampledToken, Sampling
 from hexgen2.errors import InvalidRequest
-from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
-from hexgen2.rpc import convert
+from hexgen2.plan import (
+    GatewayLoad,
+    Load,
+    Measured,
+    Plan,
+    Prediction,
+    Replica,
+    ReplicaPrediction,
+    ReplicaState,
+    ReplicaStatus,
+    Role,
+    Route,
+    RouteLoad,
+)
+from hexgen2.rpc import convert, plan_convert
 from hexgen2.v1 import types_pb2 as pb
 
 uint32, uint64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -47,6 +60,9 @@ replicas = st.builds(
     st.text(),
     uint32,
     st.text(),
+    st.text(),
+    st.booleans(),
+    st.text(),
 )
 loads = st.builds(Load, uint32, uint32, uint64, uint64)
 
@@ -69,19 +85,38 @@ def test_a_finish_reason_comes_back_as_it_went(reason: FinishReason | None) -> N
 
 @given(st.builds(ReplicaStatus, st.text(), st.sampled_from(ReplicaState), loads))
 def test_a_status_comes_back_as_it_went(status: ReplicaStatus) -> None:
-    assert convert.status_from_proto(convert.status_to_proto(status)) == status
+    assert plan_convert.status_from_proto(plan_convert.status_to_proto(status)) == status
 
 
-@given(uint64, st.lists(replicas, unique_by=lambda each: each.replica_id, max_size=5), st.floats(0, 1e9), st.text())
-def test_a_plan_comes_back_as_it_went(epoch: int, members: list[Replica], flow: float, traceparent: str) -> None:
+numbers = st.floats(0, 1e9)
+counts = st.integers(0, 2**32 - 1)
+measured = st.builds(Measured, numbers, counts, counts, counts, numbers, numbers, numbers, numbers)
+route_loads = st.lists(st.builds(RouteLoad, st.text(), st.text(), counts), max_size=3).map(tuple)
+
+
+@given(st.builds(GatewayLoad, st.text(min_size=1), route_loads, measured))
+def test_what_a_gateway_sees_comes_back_as_it_went(load: GatewayLoad) -> None:
+    assert plan_convert.gateway_from_proto(plan_convert.gateway_to_proto(load)) == load
+
+
+predictions = st.builds(
+    Prediction,
+    *(numbers, numbers, numbers, st.none() | numbers, numbers),
+    st.lists(st.builds(ReplicaPrediction, st.text(), numbers, numbers), max_size=3).map(tuple),
+)
+
+
+@given(uint64, st.lists(replicas, unique_by=lambda each: each.replica_id, max_size=5), st.floats(0, 1e9), predictions)
+def test_a_plan_comes_back_as_it_went(epoch: int, members: list[Replica], flow: float, promised: Prediction) -> None:
     routes = [
         Route(p.replica_id, d.replica_id, flow)
         for p in members
         for d in members
         if (p.role, d.role) == (Role.PREFILL, Role.DECODE)
     ]
-    plan = Plan(epoch, tuple(members), tuple(routes), traceparent)
-    assert convert.plan_from_proto(convert.plan_to_proto(plan)) == plan
+    routes += [Route(c.replica_id, c.replica_id, flow) for c in members if c.role is Role.COLOCATED]
+    plan = Plan(epoch, tuple(members), tuple(routes), "00-ab", 64, promised)
+    assert plan_convert.plan_from_proto(plan_convert.plan_to_proto(plan)) == plan
 
 
 def test_unset_sampling_takes_vllms_defaults() -> None:
@@ -143,7 +178,7 @@ def test_a_value_outside_its_limits_names_its_field(field: str, values: list[Any
 )
 def test_a_plan_that_contradicts_itself_is_refused(plan: pb.Plan, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        convert.plan_from_proto(plan)
+        plan_convert.plan_from_proto(plan)
     assert caught.value.field == field
 
 
@@ -151,4 +186,4 @@ def test_unknown_enum_values_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="finish_reason: unknown value 9"):
         convert.finish_from_proto(9)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="state: must be a known state, is 0"):
-        convert.state_from_proto(pb.REPLICA_STATE_UNSPECIFIED)
+        plan_convert.state_from_proto(pb.REPLICA_STATE_UNSPECIFIED)
