@@ -5,9 +5,9 @@ Read from YAML (``load``) or from command-line flags made from the same fields (
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from hexgen2.config_file import load as load
 
@@ -24,6 +24,26 @@ class Config(BaseModel):
     """Base: unknown fields are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TlsConfig(Config):
+    """Certificates of one process, PEM; ``tls: FOLDER`` means ca.pem, cert.pem and key.pem in it."""
+
+    ca: Path = Field(description="certificates of the authorities that peers' certificates must come from")
+    cert: Path = Field(description="this process's certificate")
+    key: Path = Field(description="its private key")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_folder(cls, data: Any) -> Any:
+        if isinstance(data, str | Path):
+            return {name: Path(data) / f"{name}.pem" for name in ("ca", "cert", "key")}
+        return data
+
+
+_TLS = Field(
+    None, description="folder with ca.pem, cert.pem and key.pem (`hexgen2 certs`): TLS, both sides show certificates"
+)
 
 
 class VllmEngineConfig(Config):
@@ -92,6 +112,7 @@ class WorkerConfig(Config):
     metrics_listen: str = Field("", description="host:port of Prometheus metrics; empty: none")
     engine: EngineConfig
     kv: KvConfig = KvConfig()
+    tls: TlsConfig | None = _TLS
     drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end after SIGTERM")
 
 
@@ -101,6 +122,7 @@ class CoordinatorConfig(Config):
     listen: str = "127.0.0.1:50052"
     metrics_listen: str = ""
     lost_after_s: float = Field(5.0, gt=0, description="a worker silent for so long is lost")
+    tls: TlsConfig | None = _TLS
     drain_s: float = Field(5.0, ge=0)
 
 
@@ -116,4 +138,28 @@ class GatewayConfig(Config):
     request_timeout_s: float = Field(300.0, gt=0, description="deadline of a request whose client set none")
     max_body_bytes: int = Field(8 * MIB, ge=1024)
     max_concurrent_requests: int = Field(512, ge=1)
+    tls: TlsConfig | None = _TLS
+    api_keys: Path | None = Field(
+        None, description="file of API keys (`hexgen2 keys`): requests over HTTP and gRPC must show one"
+    )
+    client_certs: Literal["auto", "required", "none"] = Field(
+        "auto", description="with tls: must clients show a certificate? auto: unless they must show an API key"
+    )
     drain_s: float = Field(30.0, ge=0)
+
+    @property
+    def asks_certificates(self) -> bool:
+        """Whether clients must show a certificate."""
+        if self.client_certs == "auto":
+            return self.tls is not None and self.api_keys is None
+        return self.client_certs == "required"
+
+    @field_validator("client_certs")
+    @classmethod
+    def _check_client_certs(cls, value: str, info: ValidationInfo) -> str:
+        has_tls, has_keys = (info.data.get(each) is not None for each in ("tls", "api_keys"))
+        if value == "required" and not has_tls:
+            raise ValueError("required needs tls")
+        if value == "none" and has_tls and not has_keys:
+            raise ValueError("none needs api_keys: anybody could use the fleet")
+        return value

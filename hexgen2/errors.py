@@ -38,6 +38,18 @@ class TraceNotFound(HexgenError):
     status = "NOT_FOUND"
 
 
+class Unauthenticated(HexgenError):
+    """No API key, or one that is not known here."""
+
+    status = "UNAUTHENTICATED"
+
+
+class PermissionDenied(HexgenError):
+    """The caller is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
+
+
 class TransferNotFound(HexgenError):
     """No such transfer is held here (any more), or the token is not its token."""
 
@@ -76,6 +88,10 @@ class Overloaded(HexgenError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LimitExceeded(Overloaded):
+    """The caller's own limit, not the system's: others are still served."""
 
 
 class Unavailable(HexgenError):

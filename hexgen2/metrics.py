@@ -62,6 +62,14 @@ KV_QUARANTINE_BYTES = Gauge(
 RECOMPUTED_TOKENS = Counter("hexgen2:recomputed_tokens", "Tokens computed again after the engine pre-empted a request.")
 KV_TRANSPORT_INFO = Gauge("hexgen2:kv_transport_info", "1 for the transport in use.", ["transport", "detail"])
 
+TLS_CERTIFICATE_NOT_AFTER = Gauge(
+    "hexgen2:tls_certificate_not_after_seconds", "When this process's certificate expires; seconds since 1970."
+)
+CALLS_REFUSED = Counter("hexgen2:calls_refused", "Calls refused for what their certificate says.", ["method"])
+API_REQUESTS = Counter(
+    "hexgen2:api_requests", "Requests by the name of their API key and how it was taken.", ["key", "outcome"]
+)
+
 
 class MetricsServer:
     """``/metrics`` of this process. ``address`` is host:port as bound."""

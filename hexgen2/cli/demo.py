@@ -18,6 +18,7 @@ from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import answer
 from hexgen2.cli.up import make_console, running
 from hexgen2.errors import EngineFailed, HexgenError, TraceNotFound, Unavailable
+from hexgen2.tls_context import peer_context
 from hexgen2.trace_tree import draw
 from hexgen2.traces import Trace, find
 from hexgen2.v1 import gateway_pb2
@@ -88,7 +89,7 @@ async def _ask_grpc(fleet: Fleet) -> Figures:
     request.chat.messages.add(role="user", content=QUESTION)
     request.sampling.temperature = 0.0
     request.sampling.max_tokens = MAX_TOKENS
-    made = await answer(fleet.grpc_address, request, TIMEOUT_S, sys.stdout)
+    made = await answer(fleet.grpc_address, request, TIMEOUT_S, sys.stdout, fleet.access)
     print(flush=True)
     usage, timing = made.last.usage, made.last.timing
     return Figures(
@@ -117,8 +118,12 @@ async def _ask_http(fleet: Fleet) -> Figures:
     parts: list[str] = []
     usage: dict[str, int] = {}
     first = last = None
+    tls = fleet.access.tls
     async with httpx.AsyncClient(
-        base_url=f"http://{fleet.http_address}/v1", timeout=TIMEOUT_S, trust_env=False
+        base_url=f"{fleet.http_url}/v1",
+        timeout=TIMEOUT_S,
+        trust_env=False,
+        verify=peer_context(tls, server=False) if tls else True,
     ) as http:
         body["model"] = (await http.get("models")).raise_for_status().json()["data"][0]["id"]
         start = time.monotonic()

@@ -20,14 +20,16 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hexgen2.address import check_free, format_address, parse_address
+from hexgen2.cli.client import Access
 from hexgen2.cli.fleet_config import FleetConfig, default_model
 from hexgen2.cli.process import ServiceProcess, died
-from hexgen2.config import Config, CoordinatorConfig, GatewayConfig, VllmEngineConfig, WorkerConfig
+from hexgen2.config import Config, CoordinatorConfig, GatewayConfig, TlsConfig, VllmEngineConfig, WorkerConfig
 from hexgen2.errors import HexgenError
 from hexgen2.model import load_model
 from hexgen2.plan import Plan, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
+from hexgen2.tls import load_tls
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 #: How often a fleet that starts is looked at.
@@ -51,6 +53,8 @@ class Fleet:
     def __init__(self, config: FleetConfig, run_dir: Path) -> None:
         self.config = config
         self.run_dir = run_dir
+        #: How this fleet is asked for its state.
+        self.access = Access(load_tls(self._tls("admin")))
         with ExitStack() as held:
             self.grpc_address = _choose_port(config.listen, "listen", held)
             self.http_address = _choose_port(config.http_listen, "http_listen", held)
@@ -62,6 +66,11 @@ class Fleet:
     def __getitem__(self, name: str) -> ServiceProcess:
         """``coordinator``, ``gateway``, ``prefill-0``, ``decode-0``, ..."""
         return self._processes[name]
+
+    @property
+    def http_url(self) -> str:
+        """Of the OpenAI-compatible API, without ``/v1``."""
+        return f"{'https' if self.config.tls else 'http'}://{self.http_address}"
 
     @property
     def processes(self) -> tuple[ServiceProcess, ...]:
@@ -92,7 +101,8 @@ class Fleet:
         deadline = time.monotonic() + self.config.start_timeout_s
         for process in self.processes:
             await process.start()
-        async with channel(self.coordinator_address) as coordinator, channel(self.grpc_address) as gateway:
+        tls = self.access.tls
+        async with channel(self.coordinator_address, tls) as coordinator, channel(self.grpc_address, tls) as gateway:
             while True:
                 states = await self._states(coordinator, gateway)
                 show(states)
@@ -130,7 +140,7 @@ class Fleet:
 
     async def plan(self) -> Plan:
         """The coordinator's plan now."""
-        async with channel(self.coordinator_address) as coordinator:
+        async with channel(self.coordinator_address, self.access.tls) as coordinator:
             stub: coordinator_pb2_grpc.CoordinatorAsyncStub = coordinator_pb2_grpc.CoordinatorStub(coordinator)
             answer = await stub.GetPlan(coordinator_pb2.GetPlanRequest(), timeout=LOOK_TIMEOUT_S)
             return plan_from_proto(answer.plan)
@@ -151,6 +161,9 @@ class Fleet:
             states["gateway"] = ReplicaState.READY
         return states
 
+    def _tls(self, role: str) -> TlsConfig | None:
+        return None if self.config.tls is None else TlsConfig.model_validate((self.config.tls / role).absolute())
+
     def _make(self) -> list[ServiceProcess]:
         """Write every process's configuration file."""
         config, engine = self.config, self.config.engine
@@ -163,7 +176,11 @@ class Fleet:
                 engine = engine.model_copy(update={"vocab_size": load_model(tokenizer).vocab_size})
         host, _ = parse_address(self.coordinator_address)
         members: list[tuple[str, str, Config]] = [
-            ("coordinator", "coordinator", CoordinatorConfig(listen=self.coordinator_address))
+            (
+                "coordinator",
+                "coordinator",
+                CoordinatorConfig(listen=self.coordinator_address, tls=self._tls("coordinator")),
+            )
         ]
         for role, count in (("prefill", config.prefill), ("decode", config.decode)):
             for number in range(count):
@@ -176,6 +193,7 @@ class Fleet:
                     coordinator=self.coordinator_address,
                     engine=engine,
                     kv=config.kv,
+                    tls=self._tls("worker"),
                     drain_s=config.drain_s,
                 )
                 members.append((name, role, worker))
@@ -185,6 +203,8 @@ class Fleet:
             coordinator=self.coordinator_address,
             model=tokenizer,
             served_model_name=served_name,
+            tls=self._tls("gateway"),
+            api_keys=config.api_keys,
             drain_s=config.drain_s,
         )
         members.append(("gateway", "gateway", gateway))

@@ -28,6 +28,10 @@ class FleetConfig(Config):
     served_model_name: str = Field("", description="what clients call the model; default: its folder's name")
     engine: EngineConfig
     kv: KvConfig = KvConfig()
+    tls: Path | None = Field(
+        None, description="folder made by `hexgen2 certs fleet`: everything speaks TLS, both sides show certificates"
+    )
+    api_keys: Path | None = Field(None, description="file of API keys (`hexgen2 keys`): requests must show one")
     start_timeout_s: float = Field(300.0, gt=0, description="how long all processes may take to be ready")
     drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end when stopping")
 

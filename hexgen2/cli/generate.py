@@ -7,16 +7,18 @@ from typing import Any, TextIO
 from google.protobuf.json_format import MessageToDict
 from rich.filesize import decimal
 
-from hexgen2.cli.client import generate
+from hexgen2.cli.client import ANONYMOUS, Access, generate
 from hexgen2.errors import EngineFailed
 from hexgen2.v1 import gateway_pb2, types_pb2
 
 
-async def answer(address: str, request: gateway_pb2.GenerateRequest, timeout_s: float, out: TextIO) -> "Answer":
+async def answer(
+    address: str, request: gateway_pb2.GenerateRequest, timeout_s: float, out: TextIO, access: Access = ANONYMOUS
+) -> "Answer":
     """Ask, and write text to ``out`` as it comes. Raises HexgenError."""
     parts: list[str] = []
     last = gateway_pb2.GenerateResponse()
-    async for message in generate(address, request, timeout_s):
+    async for message in generate(address, request, timeout_s, access):
         parts.append(message.text)
         out.write(message.text)
         out.flush()
@@ -62,13 +64,15 @@ class Answer:
         return " · ".join(filter(None, (*parts, route, f"trace {timing.trace_id}" if timing.trace_id else "")))
 
 
-async def ask(address: str, request: gateway_pb2.GenerateRequest, timeout_s: float, *, as_json: bool) -> None:
+async def ask(
+    address: str, request: gateway_pb2.GenerateRequest, timeout_s: float, access: Access, *, as_json: bool
+) -> None:
     """The command: text to stdout and figures to stderr, or one JSON object to stdout."""
     if as_json:
         with open("/dev/null", "w", encoding="utf-8") as nowhere:  # noqa: ASYNC230 - never blocks
-            made = await answer(address, request, timeout_s, nowhere)
+            made = await answer(address, request, timeout_s, nowhere, access)
         print(json.dumps(made.as_dict(), indent=2, ensure_ascii=False))
         return
-    made = await answer(address, request, timeout_s, sys.stdout)
+    made = await answer(address, request, timeout_s, sys.stdout, access)
     print(flush=True)
     print(f"[{made.figures()}]", file=sys.stderr)

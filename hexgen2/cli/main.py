@@ -3,7 +3,9 @@
 import asyncio
 import importlib
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -13,14 +15,17 @@ from rich.console import Console
 from hexgen2 import trace_tree, traces
 from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
+from hexgen2.cli.certs import certs_command
+from hexgen2.cli.client import Access
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
 from hexgen2.cli.lazy import LazyCommand
 from hexgen2.cli.options import serve_and_exit, service_command
 from hexgen2.cli.prepare import prepare
 from hexgen2.cli.status import show_status
-from hexgen2.config import CoordinatorConfig, GatewayConfig, WorkerConfig
+from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
 from hexgen2.errors import HexgenError
+from hexgen2.tls import TlsFiles
 from hexgen2.v1 import gateway_pb2
 
 C = TypeVar("C", bound=BaseModel)
@@ -32,6 +37,20 @@ def timeout(default_s: float) -> Callable[[Callable[..., None]], Callable[..., N
     """The ``--timeout`` option."""
     limits = click.FloatRange(min=0, min_open=True)
     return click.option("--timeout", type=limits, default=default_s, show_default=True, metavar="S", help="Seconds.")
+
+
+tls = click.option(
+    "--tls",
+    type=click.Path(path_type=Path),
+    envvar="HEXGEN2_TLS",
+    metavar="DIR",
+    help="Folder with ca.pem, cert.pem and key.pem, for a fleet that speaks TLS.  [env: HEXGEN2_TLS]",
+)
+
+
+def access(tls: Path | None, api_key: str = "") -> Access:
+    """What a command shows to the fleet. Raises ConfigError."""
+    return Access(None if tls is None else TlsFiles(TlsConfig.model_validate(tls)), api_key)
 
 
 class Commands(click.Group):
@@ -86,10 +105,16 @@ main.add_command(
 @click.option("--stop", multiple=True, help="A text that ends the answer; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token.")
 @timeout(300.0)
+@tls
 @as_json
-def generate(prompt: str, address: str, timeout: float, as_json: bool, **options: Any) -> None:
-    """Ask a running gateway; the answer is printed as it is made."""
-    asyncio.run(ask(address, make_request(prompt, **options), timeout, as_json=as_json))
+def generate(prompt: str, address: str, timeout: float, tls: Path | None, as_json: bool, **options: Any) -> None:
+    """Ask a running gateway; the answer is printed as it is made.
+
+    A gateway that asks for an API key finds it in the environment, as HEXGEN2_API_KEY: the command line is everybody's
+    to see.
+    """
+    shown = access(tls, os.environ.get("HEXGEN2_API_KEY", ""))
+    asyncio.run(ask(address, make_request(prompt, **options), timeout, shown, as_json=as_json))
 
 
 def make_request(
@@ -122,10 +147,11 @@ def make_request(
 @main.command()
 @click.option("--coordinator", default="127.0.0.1:50052", show_default=True, help="The coordinator's host:port.")
 @timeout(5.0)
+@tls
 @as_json
-def status(coordinator: str, timeout: float, as_json: bool) -> None:
+def status(coordinator: str, timeout: float, tls: Path | None, as_json: bool) -> None:
     """Show the plan and what every replica does."""
-    asyncio.run(show_status(coordinator, timeout, up_command.make_console(), as_json=as_json))
+    asyncio.run(show_status(coordinator, timeout, access(tls), up_command.make_console(), as_json=as_json))
 
 
 @main.command()
@@ -153,6 +179,9 @@ for name, attribute, told in (
     ("fit", "fit_command", "Fit the cost model to measured times, and show how far off it is."),
 ):
     main.add_command(LazyCommand(name, f"hexgen2.cli.{name}", attribute, told))
+
+
+main.add_command(certs_command)
 
 
 @main.group()

@@ -18,6 +18,7 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from hexgen2.config import TlsConfig
 from hexgen2.config_file import Place, build, dotted, line_of, read
 from hexgen2.errors import ConfigError, HexgenError
 
@@ -124,6 +125,10 @@ def _leaves(cls: type[BaseModel], place: Place = ()) -> Iterator[tuple[Place, Fi
     for name, field in cls.model_fields.items():
         inner = (*place, name)
         members = tuple(_models(field))
+        if TlsConfig in members:
+            # One flag: its folder.
+            yield inner, field
+            continue
         if not members:
             yield inner, field
         found: dict[Place, FieldInfo] = {}

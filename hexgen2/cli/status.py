@@ -7,16 +7,16 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from hexgen2.cli.client import get_plan
+from hexgen2.cli.client import Access, get_plan
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
 
 _STYLES = {ReplicaState.READY: "green", ReplicaState.LOST: "red"}
 
 
-async def show_status(address: str, timeout_s: float, console: Console, *, as_json: bool) -> None:
+async def show_status(address: str, timeout_s: float, access: Access, console: Console, *, as_json: bool) -> None:
     """The command. Raises HexgenError."""
-    answer = await get_plan(address, timeout_s)
+    answer = await get_plan(address, timeout_s, access)
     if as_json:
         print(
             json.dumps(

@@ -147,23 +147,24 @@ class StartView:
 async def _tell(fleet: Fleet, console: Console) -> None:
     plan = await fleet.plan()
     rows = [
-        ("HTTP (OpenAI)", f"http://{fleet.http_address}/v1"),
-        ("metrics", f"http://{fleet.http_address}/metrics"),
+        ("HTTP (OpenAI)", f"{fleet.http_url}/v1"),
+        ("metrics", f"{fleet.http_url}/metrics"),
         ("gRPC", f"{fleet.grpc_address}  hexgen2.v1.Gateway/Generate"),
         ("coordinator", fleet.coordinator_address),
         *((each.replica_id, f"{each.address}  {each.model}, KV by {each.transport}") for each in plan.replicas),
         *((f"{each.replica_id} metrics", f"http://{each.metrics_address}/metrics") for each in plan.replicas),
         ("logs", str(fleet.run_dir)),
-        ("ask it", f'hexgen2 generate "What is the capital of France?"{_address_flag(fleet)}'),
+        ("ask it", f'hexgen2 generate "What is the capital of France?"{_flags(fleet)}'),
     ]
     console.print()
     for name, text in rows:
         console.print(f"{name:18} {text}", highlight=False, soft_wrap=True)
 
 
-def _address_flag(fleet: Fleet) -> str:
+def _flags(fleet: Fleet) -> str:
     default = FleetConfig.model_fields["listen"].default
-    return "" if fleet.grpc_address == default else f" --address {fleet.grpc_address}"
+    address = "" if fleet.grpc_address == default else f" --address {fleet.grpc_address}"
+    return address + (f" --tls {fleet.config.tls / 'client'}" if fleet.config.tls else "")
 
 
 def _check_engine(config: FleetConfig, console: Console) -> None:

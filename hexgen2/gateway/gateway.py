@@ -19,6 +19,7 @@ from hexgen2.gateway.limits import ModelLimits
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
 from hexgen2.text.tokenizer import TextModel
+from hexgen2.tls import TlsFiles
 
 #: Shorter texts are tokenised faster than a thread takes over.
 _INLINE_CHARS = 4096
@@ -29,7 +30,7 @@ Emit = Callable[[Piece], Awaitable[None]]
 class Gateway:
     """See the module. ``plans`` is the newest plan; ``text`` the model's tokenizer. ``close`` when done."""
 
-    def __init__(self, config: GatewayConfig, text: TextModel, plans: PlanSource) -> None:
+    def __init__(self, config: GatewayConfig, text: TextModel, plans: PlanSource, tls: TlsFiles | None = None) -> None:
         self.config = config
         self.text = text
         self.model_name = config.served_model_name or Path(config.model).resolve().name
@@ -37,7 +38,7 @@ class Gateway:
         self.num_running = 0
         self._plans = plans
         self._dispatch = Dispatch(plans)
-        self._peers = Peers(self._planned_addresses)
+        self._peers = Peers(self._planned_addresses, tls)
         self._idle = asyncio.Event()
         self._idle.set()
 

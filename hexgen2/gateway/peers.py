@@ -7,13 +7,15 @@ from contextlib import contextmanager
 import grpc
 
 from hexgen2.rpc.client import channel
+from hexgen2.tls import TlsFiles
 
 
 class Peers:
     """Owns the channels. ``wanted`` gives the addresses worth keeping a channel for when no call uses it."""
 
-    def __init__(self, wanted: Callable[[], frozenset[str]]) -> None:
+    def __init__(self, wanted: Callable[[], frozenset[str]], tls: TlsFiles | None = None) -> None:
         self._wanted = wanted
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._uses: Counter[str] = Counter()
 
@@ -21,7 +23,7 @@ class Peers:
     def use(self, address: str) -> Iterator[grpc.aio.Channel]:
         """The channel to ``host:port`` for the length of a call."""
         if address not in self._channels:
-            self._channels[address] = channel(address)
+            self._channels[address] = channel(address, self._tls)
         self._uses[address] += 1
         try:
             yield self._channels[address]

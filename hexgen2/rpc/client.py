@@ -5,6 +5,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from hexgen2 import errors
 from hexgen2.errors import HexgenError
+from hexgen2.rpc.tls import TlsChannel
+from hexgen2.tls import TlsFiles
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -35,8 +37,13 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel to ``host:port``; the caller closes it. Connects at the first call and again by itself."""
+def channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+    """A channel to ``host:port``; the caller closes it. Connects at the first call and again by itself.
+
+    With ``tls`` the server must show a certificate for that host, and ours is shown.
+    """
+    if tls is not None:
+        return TlsChannel(address, tls, _OPTIONS)
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
 
@@ -61,6 +68,8 @@ _BY_STATUS: dict[str, type[HexgenError]] = {
     "CANCELLED": errors.Unavailable,
     "ABORTED": errors.StaleEpoch,
     "DEADLINE_EXCEEDED": errors.DeadlineExceeded,
+    "UNAUTHENTICATED": errors.Unauthenticated,
+    "PERMISSION_DENIED": errors.PermissionDenied,
 }
 
 

@@ -9,6 +9,7 @@ from hexgen2.errors import Unavailable
 from hexgen2.kv.messages import Piece
 from hexgen2.rpc.client import channel, to_error, trace_metadata
 from hexgen2.rpc.kv_convert import first_token_from_proto, offer_from_proto, pieces_from_proto
+from hexgen2.tls import TlsFiles
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
 from hexgen2.worker.prefill import FirstToken, Offer
 
@@ -20,7 +21,8 @@ MAX_CHANNELS = 256
 class KvClient:
     """Reads transfers from prefill replicas."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        self._tls = tls
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._in_use: dict[str, int] = {}
 
@@ -63,7 +65,7 @@ class KvClient:
             idle = next((a for a in self._channels if not self._in_use.get(a)), None)
             if len(self._channels) >= MAX_CHANNELS and idle is None:
                 raise Unavailable(f"transfers from {MAX_CHANNELS} prefill replicas are under way")
-            found = self._channels[address] = channel(address)
+            found = self._channels[address] = channel(address, self._tls)
             if len(self._channels) > MAX_CHANNELS and idle is not None:
                 self._in_use.pop(idle, None)
                 await self._channels.pop(idle).close()

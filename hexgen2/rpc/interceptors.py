@@ -15,8 +15,11 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from hexgen2.errors import HexgenError, Overloaded, Unavailable
+from hexgen2 import metrics
+from hexgen2.callers import check_call
+from hexgen2.errors import HexgenError, Overloaded, PermissionDenied, Unavailable
 from hexgen2.rpc.client import ERROR_KEY, RETRY_AFTER_KEY
+from hexgen2.rpc.tls import callers_in
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 #: Health checks and reflection: passed through as they are.
@@ -30,10 +33,14 @@ log = structlog.get_logger(__name__)
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
-    """See the module. ``untraced``: full method names (``/package.Service/Method``) that get no span."""
+    """See the module. ``untraced``: full method names (``/package.Service/Method``) that get no span.
 
-    def __init__(self, untraced: frozenset[str] = frozenset()) -> None:
+    ``certified``: each call is checked against the roles in its peer's certificate.
+    """
+
+    def __init__(self, untraced: frozenset[str] = frozenset(), *, certified: bool = False) -> None:
         self._untraced = untraced
+        self._certified = certified
         self._refusing = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -75,7 +82,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def handle(request: Any, context: _Context) -> Any:
             with self._counted(), self._span(method, request, context) as span:
                 try:
-                    self._check_accepting()
+                    self._check(method, context)
                     return await serve(request, context)
                 except BaseException as error:
                     await _end(error, span, context)
@@ -88,7 +95,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
         async def handle(request: Any, context: _Context) -> None:
             with self._counted(), self._span(method, request, context) as span:
                 try:
-                    self._check_accepting()
+                    self._check(method, context)
                     async with aclosing(cast("Any", serve(request, context))) as responses:
                         async for response in responses:
                             await context.write(response)
@@ -97,9 +104,16 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    def _check_accepting(self) -> None:
+    def _check(self, method: str, context: _Context) -> None:
         if self._refusing:
             raise Unavailable("this server is stopping")
+        if self._certified:
+            try:
+                check_call(method, callers_in(context))
+            except PermissionDenied as error:
+                metrics.CALLS_REFUSED.labels(method).inc()
+                log.warning("call_refused", peer=context.peer(), reason=str(error))
+                raise
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from hexgen2.plan import GatewayLoad, Load, Plan, Replica, ReplicaState, Replica
 from hexgen2.routing import ready, usable_routes
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.client import channel, to_error
+from hexgen2.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2 as pb
 from hexgen2.v1 import coordinator_pb2_grpc
 
@@ -40,9 +41,11 @@ class Reporter:
         replica: Replica,
         load: Callable[[], Load],
         interval_s: float = REPORT_INTERVAL_S,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.replica = replica
         self._address = coordinator_address
+        self._tls = tls
         self._load = load
         self._interval_s = interval_s
         self._state = ReplicaState.STARTING
@@ -61,7 +64,7 @@ class Reporter:
 
     async def run(self) -> None:
         """Report until cancelled."""
-        async with channel(self._address) as peer:
+        async with channel(self._address, self._tls) as peer:
             stub = coordinator_pb2_grpc.CoordinatorStub(peer)
             while True:
                 self._changed.clear()
@@ -94,7 +97,7 @@ class Reporter:
 class PlanWatcher:
     """The plan in force and every replica's status, as a gateway sees them. ``run`` until cancelled."""
 
-    def __init__(self, coordinator_address: str, settle_s: float = SETTLE_S) -> None:
+    def __init__(self, coordinator_address: str, settle_s: float = SETTLE_S, tls: TlsFiles | None = None) -> None:
         self.plan = Plan(0)
         self.statuses: Mapping[str, ReplicaStatus] = {}
         #: What every gateway has in flight, this one included, as it reported it.
@@ -102,6 +105,7 @@ class PlanWatcher:
         # The coordinator's plan; ``plan`` is another while it is held.
         self._heard = Plan(0)
         self._address = coordinator_address
+        self._tls = tls
         self._settle_s = settle_s
         self._pending: tuple[Plan, Mapping[str, ReplicaStatus]] | None = None
         self._settling: asyncio.TimerHandle | None = None
@@ -111,7 +115,7 @@ class PlanWatcher:
     async def run(self) -> None:
         """Follow the coordinator until cancelled; keep the last plan while it is away."""
         try:
-            async with channel(self._address) as peer:
+            async with channel(self._address, self._tls) as peer:
                 stub = coordinator_pb2_grpc.CoordinatorStub(peer)
                 while True:
                     try:

@@ -14,6 +14,8 @@ from grpc_reflection.v1alpha import reflection
 from hexgen2.address import check_free, format_address, parse_address, port_in_use
 from hexgen2.rpc.client import MAX_MESSAGE_BYTES
 from hexgen2.rpc.interceptors import ServerInterceptor
+from hexgen2.rpc.tls import server_credentials
+from hexgen2.tls import TlsFiles
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would share its calls at random.
@@ -42,6 +44,8 @@ class GrpcServer:
     """Life: ``add`` each service, ``start``, ``set_serving(True)`` once ready, ``stop``.
 
     ``interceptors`` run inside the one that traces and translates errors; ``untraced`` methods get no span.
+    With ``tls`` only TLS is spoken; with ``client_certs`` too only to peers with a certificate, whose roles decide what
+    they may call (``hexgen2.callers``).
     """
 
     def __init__(
@@ -50,8 +54,12 @@ class GrpcServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         *,
         untraced: frozenset[str] = frozenset(),
+        tls: TlsFiles | None = None,
+        client_certs: bool = True,
     ) -> None:
         self._listen = listen
+        self._tls = tls
+        self._client_certs = client_certs
         self._extra = tuple(interceptors)
         self._untraced = untraced
         self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
@@ -71,7 +79,8 @@ class GrpcServer:
         host, port = parse_address(self._listen, what="listen")
         if port:
             check_free(self._listen)
-        self._calls = ServerInterceptor(self._untraced)
+        certified = self._tls is not None and self._client_certs
+        self._calls = ServerInterceptor(self._untraced, certified=certified)
         server = grpc.aio.server(interceptors=(self._calls, *self._extra), options=_OPTIONS)
         for add in self._services.values():
             add(server)
@@ -80,7 +89,11 @@ class GrpcServer:
         names = (*self._services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         try:
-            bound = server.add_insecure_port(self._listen)
+            if self._tls is None:
+                bound = server.add_insecure_port(self._listen)
+            else:
+                credentials = server_credentials(self._tls, client_certs=self._client_certs)
+                bound = server.add_secure_port(self._listen, credentials)
         except RuntimeError:
             # Taken between the check and here.
             raise port_in_use(self._listen) from None

@@ -23,6 +23,7 @@ from hexgen2.kv.ranks import Ranks
 from hexgen2.plan import Load, Replica, ReplicaState, Role
 from hexgen2.rpc.report import Reporter
 from hexgen2.rpc.server import GrpcServer, run_until_signal
+from hexgen2.tls import TlsFiles
 from hexgen2.worker.aio import Gate, PageQueue, owned
 
 log = structlog.get_logger(__name__)
@@ -38,6 +39,7 @@ async def run_worker(
     gate: Gate,
     register: Callable[[GrpcServer], None],
     attach: Callable[[Engine, Ranks, PageQueue], Awaitable[None]],
+    tls: TlsFiles | None = None,
 ) -> None:
     """Serve until a signal.
 
@@ -50,7 +52,7 @@ async def run_worker(
         stack.callback(telemetry.setup(config.role, config.replica_id))
         metrics_address = stack.enter_context(metrics.metrics_served(config.metrics_listen))
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-")))
-        server = GrpcServer(config.listen)
+        server = GrpcServer(config.listen, tls=tls)
         register(server)
         address = await server.start()
         stack.push_async_callback(server.stop, 0.0)
@@ -73,7 +75,7 @@ async def run_worker(
             return Load(running, waiting, memory.bytes_used, memory.bytes_total)
 
         replica = replace(_replica(config, address), metrics_address=metrics_address)
-        reporter = Reporter(config.coordinator, replica, load)
+        reporter = Reporter(config.coordinator, replica, load, tls=tls)
         await stack.enter_async_context(owned(reporter.run()))
 
         async def start() -> None:

@@ -11,6 +11,7 @@ from hexgen2.cli.options import run_service
 from hexgen2.config import CoordinatorConfig
 from hexgen2.fleet_state import FleetState
 from hexgen2.rpc.server import GrpcServer, run_until_signal
+from hexgen2.tls import load_tls
 from hexgen2.v1 import coordinator_pb2_grpc
 from services.coordinator.service import SERVICE, UNTRACED, CoordinatorService
 
@@ -29,7 +30,7 @@ async def serve(config: CoordinatorConfig) -> None:
         # Milliseconds: a new coordinator's epochs are above those of the one before it.
         state = FleetState(time.time_ns() // 1_000_000, config.lost_after_s)
         service = CoordinatorService(state, time.monotonic)
-        server = GrpcServer(config.listen, untraced=UNTRACED)
+        server = GrpcServer(config.listen, untraced=UNTRACED, tls=load_tls(config.tls))
         server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)
 
         # Outside the task group, which would wrap its error.

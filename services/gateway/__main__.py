@@ -11,6 +11,7 @@ from hexgen2.gateway.gateway import Gateway
 from hexgen2.rpc.report import PlanWatcher
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.text.tokenizer import TextModel
+from hexgen2.tls import load_tls
 from hexgen2.v1 import gateway_pb2_grpc
 from hexgen2.worker.aio import owned
 from services.gateway.grpc_api import GatewayServicer
@@ -31,12 +32,13 @@ async def serve(config: GatewayConfig) -> None:
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.setup("gateway"))
         text = TextModel.load(config.model)
-        watcher = PlanWatcher(config.coordinator)
-        gateway = Gateway(config, text, watcher)
+        tls = load_tls(config.tls)
+        watcher = PlanWatcher(config.coordinator, tls=tls)
+        gateway = Gateway(config, text, watcher, tls)
         stack.push_async_callback(gateway.close)
-        grpc_server = GrpcServer(config.listen)
+        grpc_server = GrpcServer(config.listen, tls=tls, client_certs=config.asks_certificates)
         grpc_server.add(gateway_pb2_grpc.add_GatewayServicer_to_server, GatewayServicer(gateway), SERVICE)
-        http_server = HttpServer(make_app(gateway), config.http_listen)
+        http_server = HttpServer(make_app(gateway), config.http_listen, tls, client_certs=config.asks_certificates)
 
         async def start() -> None:
             address = await grpc_server.start()

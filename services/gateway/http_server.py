@@ -9,6 +9,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from hexgen2.address import check_free, format_address, parse_address, port_in_use
+from hexgen2.tls import TlsFiles
+from hexgen2.tls_context import https_context
 
 
 class _Server(uvicorn.Server):
@@ -28,11 +30,16 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """Life: ``start``, then ``stop``. Use as the owner of one app's listening socket."""
+    """Life: ``start``, then ``stop``. Use as the owner of one app's listening socket.
 
-    def __init__(self, app: ASGIApp, listen: str) -> None:
+    With ``tls`` it speaks HTTPS; with ``client_certs`` too only to clients with a certificate.
+    """
+
+    def __init__(self, app: ASGIApp, listen: str, tls: TlsFiles | None = None, *, client_certs: bool = False) -> None:
         self._app = app
         self._listen = listen
+        self._tls = tls
+        self._client_certs = client_certs
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -64,6 +71,9 @@ class HttpServer:
             server_header=False,
             timeout_graceful_shutdown=1,
         )
+        config.load()
+        if self._tls is not None:
+            config.ssl = https_context(self._tls, client_certs=self._client_certs)
         server = self._server = _Server(config)
         self._task = asyncio.create_task(server.serve([listening]))
         await server.up.wait()
