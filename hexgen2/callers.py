@@ -35,6 +35,7 @@ _MAY_CALL = {
     "/hexgen2.v1.Prefill/FetchKv": frozenset({Caller.WORKER}),
     "/hexgen2.v1.Decode/Decode": frozenset({Caller.GATEWAY}),
     "/hexgen2.v1.Coordinator/Report": frozenset({Caller.WORKER}),
+    "/hexgen2.v1.Coordinator/ReportGateway": frozenset({Caller.GATEWAY}),
     "/hexgen2.v1.Coordinator/GetPlan": _SEES,
     "/hexgen2.v1.Coordinator/WatchPlan": _SEES,
 }

@@ -87,7 +87,7 @@ async def test_a_fleet_speaks_tls_everywhere(tokenizer: Path, tmp_path: Path, au
         with pytest.raises(Unavailable, match=r"there is no connection: does only one side speak TLS"):
             await get_plan(fleet.coordinator_address, DEADLINE_S)
         with pytest.raises(Unavailable, match=r"there is no connection: .*expired"):
-            await get_plan(fleet.coordinator_address, DEADLINE_S, Access(mine.files("expired")))
+            await get_plan(fleet.coordinator_address, DEADLINE_S, Access(authority.files("expired")))
         with pytest.raises(PermissionDenied, match=r"GetPlan is for .*; the caller's certificate says: worker"):
             await get_plan(fleet.coordinator_address, DEADLINE_S, Access(mine.files("worker")))
         context = ssl.create_default_context(cafile=str(mine.config("client").ca))
