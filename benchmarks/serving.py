@@ -25,14 +25,16 @@ from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig, default_model
 from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, Sampling
+from hexgen2.kv.handoff import FirstToken
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto
 from hexgen2.v1 import gateway_pb2, gateway_pb2_grpc
 from hexgen2.worker.aio import PageQueue
-from hexgen2.worker.decode import DecodeJob, DecodeWorker, RemoteKv
-from hexgen2.worker.prefill import FirstToken, PrefillJob, PrefillWorker
+from hexgen2.worker.decode import DecodeJob, DecodeWorker
+from hexgen2.worker.prefill import PrefillJob, PrefillWorker
+from hexgen2.worker.receive import RemoteKv
 
 START_TIMEOUT_S = 240.0
 REQUEST_TIMEOUT_S = 600.0
@@ -153,7 +155,7 @@ async def pair(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]:
     """The same engines and the same hand-over, joined by function calls in one process."""
     async with bare_engine(engine, kv, "prefill") as p, bare_engine(engine, kv, "decode") as d:
         prefill = PrefillWorker(*p)  # type: ignore[arg-type]
-        decode = DecodeWorker(*d, lambda _, transfer_id, token: prefill.fetch(transfer_id, token))  # type: ignore[arg-type]
+        decode = DecodeWorker(*d, lambda kv, resume: prefill.fetch(kv.transfer_id, kv.token, resume=resume))  # type: ignore[arg-type]
 
         async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[list[int]]:
             transfer_id, token, ids = secrets.token_hex(8), secrets.token_bytes(32), tuple(prompt)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from hexgen2.config_file import load as load
+from hexgen2.kv.codecs import Codec
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -121,6 +122,7 @@ class CoordinatorConfig(Config):
 
     listen: str = "127.0.0.1:50052"
     metrics_listen: str = ""
+    codec: Codec = Field("none", description="what KV travels in between workers; others than none lose a little")
     lost_after_s: float = Field(5.0, gt=0, description="a worker silent for so long is lost")
     tls: TlsConfig | None = _TLS
     drain_s: float = Field(5.0, ge=0)

@@ -56,6 +56,12 @@ class TransferNotFound(HexgenError):
     status = "NOT_FOUND"
 
 
+class TransferEnded(HexgenError):
+    """The transfer was here and is over: its KV is given up, its id and token are used up."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class TransferRefused(HexgenError):
     """What was offered is not what was asked for: another model, prompt, shape, dtype or codec."""
 

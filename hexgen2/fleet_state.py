@@ -10,6 +10,7 @@ from enum import IntEnum
 
 from hexgen2.address import parse_address
 from hexgen2.errors import ConfigError, InvalidRequest, ReplicaConflict
+from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
 
 #: A lost replica stays listed for so long, so that people see it.
@@ -46,11 +47,15 @@ class FleetState:
     """See the module. After a change of MEMBERS the caller calls ``replan``.
 
     ``epoch`` is where epochs start: above every epoch of an earlier coordinator, such as wall-clock milliseconds.
+    ``codec`` is that of every route.
     """
 
-    def __init__(self, epoch: int, lost_after_s: float, forget_after_s: float = FORGET_AFTER_S) -> None:
+    def __init__(
+        self, epoch: int, lost_after_s: float, forget_after_s: float = FORGET_AFTER_S, codec: str = NONE
+    ) -> None:
         self.plan = Plan(epoch)
         self._lost_after_s = lost_after_s
+        self._codec = codec
         self._forget_after_s = max(forget_after_s, lost_after_s)
         self._members: dict[str, Member] = {}
 
@@ -126,7 +131,10 @@ class FleetState:
         prefills = [m for m in members if m.replica.role is Role.PREFILL]
         decodes = [m for m in members if m.replica.role is Role.DECODE]
         routes = tuple(
-            Route(p.replica.replica_id, d.replica.replica_id, 1.0) for p in prefills for d in decodes if joins(p, d)
+            Route(p.replica.replica_id, d.replica.replica_id, 1.0, self._codec)
+            for p in prefills
+            for d in decodes
+            if joins(p, d)
         )
         self.plan = Plan(self.plan.epoch + 1, tuple(m.replica for m in members), routes, traceparent)
         return self.plan

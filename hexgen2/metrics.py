@@ -52,6 +52,12 @@ KV_BYTES = Counter("hexgen2:kv_bytes", "KV bytes handed over.", ["transport", "c
 KV_TRANSFER_SECONDS = Histogram(
     "hexgen2:kv_transfer_seconds", "From FetchKv's first message to the last verified byte.", buckets=_TTFT_BUCKETS
 )
+KV_BANDWIDTH = Histogram(
+    "hexgen2:kv_bandwidth_bytes_per_second",
+    "Bytes of a KV hand-off over the time from FetchKv's first message to the last verified byte.",
+    buckets=tuple(10.0**power * step for power in range(5, 11) for step in (1.0, 2.5, 5.0)),
+)
+KV_REFETCHES = Counter("hexgen2:kv_refetches", "FetchKv calls that were made again after their connection broke.")
 KV_DIGEST_FAILURES = Counter("hexgen2:kv_digest_failures", "KV pieces that did not match their digest.")
 KV_REFUSED = Counter("hexgen2:kv_refused", "KV hand-offs that were refused.", ["reason"])
 KV_POOL_BYTES_USED = Gauge("hexgen2:kv_pool_bytes_used", "Bytes in use of a KV pool.", ["pool"])

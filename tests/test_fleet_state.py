@@ -52,6 +52,13 @@ def test_every_prefill_is_joined_with_every_decode_replica() -> None:
     assert state.plan.routes == tuple(Route(p, d, 1.0) for p in ("p1", "p2") for d in ("d1", "d2"))
 
 
+def test_every_route_has_the_codec_of_the_fleet() -> None:
+    state = FleetState(100, lost_after_s=5, codec="int8")
+    for each in ("p1", "d1", "d2"):
+        state.report(replica(each), READY, IDLE, 0.0)
+    assert {route.codec for route in state.replan().routes} == {"int8"}
+
+
 def test_replicas_of_another_model_or_transport_are_not_joined() -> None:
     state = fleet("p1", "d1")
     state.report(replica("d2", model_sha256=b"x" * 32), READY, IDLE, 0.0)

@@ -179,7 +179,7 @@ class Fleet:
             (
                 "coordinator",
                 "coordinator",
-                CoordinatorConfig(listen=self.coordinator_address, tls=self._tls("coordinator")),
+                CoordinatorConfig(listen=self.coordinator_address, codec=config.codec, tls=self._tls("coordinator")),
             )
         ]
         for role, count in (("prefill", config.prefill), ("decode", config.decode)):

@@ -16,16 +16,17 @@ import torch
 
 from hexgen2.config import EmulatedEngineConfig, KvConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
-from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv
+from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv, restored
 from hexgen2.errors import EngineFailed, InvalidRequest
 from hexgen2.kv.agent import KvAgent
 from hexgen2.kv.choose import make_transport, transport_name
+from hexgen2.kv.codecs import NONE
 from hexgen2.kv.layout import rank_slices
 from hexgen2.kv.wire import chunk_span, num_chunks
 from hexgen2.model import ModelSpec
 
 #: What makes two emulated models the same; the rest is only how fast they are.
-_IDENTITY = {"name", "num_layers", "num_kv_heads", "head_dim", "dtype", "vocab_size"}
+_IDENTITY = {"name", "num_layers", "num_kv_heads", "head_dim", "vocab_size"}
 _TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -201,8 +202,10 @@ class EmulatedEngine:
             if kv is None:
                 continue
             for layer in rank_slice.layers:
-                raw = kv.layer(layer).contiguous().view(torch.uint8).numpy()
-                checksum = read_kv(raw, layer, rank_slice.kv_heads, 0)
+                values = kv.layer(layer).float().numpy()
+                if kv.codec != NONE:
+                    values = restored(values)
+                checksum = read_kv(np.ascontiguousarray(values).view(np.uint8), layer, rank_slice.kv_heads, 0)
                 checksums.add((layer, rank_slice.first_kv_head, checksum))
             running.num_computed = running.num_cached = kv.num_tokens
             agent.loaded(transfer)
@@ -217,8 +220,9 @@ class EmulatedEngine:
             running.hashes = np.concatenate([running.hashes, more])
         heads = range(self.model.num_kv_heads)
         for layer in range(self.model.num_layers):
-            kv = self._kv_tensor(running.hashes[first:stop], layer, heads)
-            running.checksum += read_kv(kv.view(torch.uint8).numpy(), layer, heads, first)
+            # As float32 whatever the dtype: engines that differ in it are the same model.
+            kv = kv_values(running.hashes[first:stop], layer, heads, self.model.head_dim)
+            running.checksum += read_kv(kv.view(np.uint8), layer, heads, first)
         running.num_computed = stop
         transfer = running.request.send_transfer
         if transfer is not None:

@@ -13,6 +13,8 @@ U64 = npt.NDArray[np.uint64]
 
 MASK = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15
+#: Between neighbouring values of KV: more than twice what any codec changes them by.
+STEP = 0.25
 #: Tokens below are never sampled: tokenizers keep special tokens there.
 FIRST_TOKEN = 3
 
@@ -35,11 +37,18 @@ def prefix_hashes(token_ids: Sequence[int], before: int = 0) -> U64:
 
 
 def kv_values(hashes: U64, layer: int, heads: range, head_dim: int) -> npt.NDArray[np.float32]:
-    """KV of one layer, ``[kv_head, 2, token, head_dim]``; multiples of 1/128 in [-1, 1), exact in every dtype."""
+    """KV of one layer, ``[kv_head, 2, token, head_dim]``; multiples of ``STEP`` in [-1, 1), exact in every dtype."""
     places = np.arange(heads.start * 2 * head_dim, heads.stop * 2 * head_dim, dtype=np.uint64)
     salt = _mix((places + np.uint64(layer << 32)) * np.uint64(_ODD)).reshape(len(heads), 2, 1, head_dim)
-    high = (_mix(hashes[None, None, :, None] ^ salt) >> np.uint64(56)).astype(np.int16)
-    return ((high - 128) / np.float32(128)).astype(np.float32)
+    high = (_mix(hashes[None, None, :, None] ^ salt) >> np.uint64(61)).astype(np.int8)
+    return high * np.float32(STEP) - np.float32(1)
+
+
+def restored(kv: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """``kv_values`` from what a codec that loses a little has left of them; exactly."""
+    exact: npt.NDArray[np.float32] = np.rint(kv / np.float32(STEP)) * np.float32(STEP)
+    # No negative zeros: their bytes are others.
+    return exact + np.float32(0)
 
 
 def read_kv(kv: npt.NDArray[np.uint8], layer: int, heads: range, first_position: int) -> int:

@@ -18,7 +18,6 @@ from hexgen2.gateway.job import Job, Piece, Summary, Usage
 from hexgen2.gateway.limits import ModelLimits
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
-from hexgen2.plan import ReplicaState
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.tls import TlsFiles
 
@@ -139,16 +138,9 @@ class Gateway:
             kv=attempt.life.kv,
         )
 
-    async def plan_changed(self) -> bool:
-        """Let go of what the plan before needed, and of calls to lost replicas that are silent.
-
-        Returns:
-            Whether calls to lost replicas go on: ask again soon, though nothing changes.
-        """
+    async def plan_changed(self) -> None:
+        """Let go of what the plan before needed."""
         await self._peers.prune()
-        plan, statuses = self._plans.plan, self._plans.statuses
-        lost = {key for key, status in statuses.items() if status.state is ReplicaState.LOST}
-        return self._peers.end_silent(each.address for each in plan.replicas if each.replica_id in lost)
 
     async def drain(self, grace_s: float) -> bool:
         """Take no more requests and wait for those that run; whether all ended in time."""

@@ -5,7 +5,8 @@ Events go in, actions come out; the caller (``runner``) performs them. The rules
 * The first token reaches the client from prefill, the rest from decode, in that order, each once.
 * Prefill's call is ended when decode has verified the KV. Losing it later does not matter; losing it earlier, but
   after the first token, is for decode to judge, which may have all bytes already.
-* Decode lost before it verified costs no prefill: the same transfer goes to another decode replica.
+* Decode lost before it verified costs no prefill: the same transfer goes to another decode replica. When what it
+  says is that the transfer has ended, prefill's own end, which is on its way, tells why.
 * As long as the client has seen no token, the whole request may be tried again. Afterwards it fails: nothing is
   sampled twice.
 """
@@ -20,6 +21,7 @@ from hexgen2.errors import (
     KvCorrupt,
     Overloaded,
     StaleEpoch,
+    TransferEnded,
     TransferNotFound,
     TransferRefused,
     Unavailable,
@@ -27,7 +29,10 @@ from hexgen2.errors import (
 from hexgen2.gateway.job import KvMoved
 
 #: Failures of a replica or of the way to it, not of the request.
-ELSEWHERE = (EngineFailed, KvCorrupt, Overloaded, StaleEpoch, TransferNotFound, TransferRefused, Unavailable)
+ELSEWHERE = (
+    *(EngineFailed, KvCorrupt, Overloaded, StaleEpoch, Unavailable),
+    *(TransferEnded, TransferNotFound, TransferRefused),
+)
 
 
 class Way(StrEnum):
@@ -142,6 +147,8 @@ class Life:
         # Decode may overtake the first token on its way through the gateway.
         self._early: list[Tokens] = []
         self._decode_left = False
+        # Decode was told that the transfer has ended, before we were.
+        self._transfer_ended = False
 
     def on(self, event: Event) -> tuple[Action, ...]:
         """What to do now, in order."""
@@ -201,7 +208,7 @@ class Life:
 
     def _prefill_ended(self, error: HexgenError) -> tuple[Action, ...]:
         self._prefill_held = False
-        if self._first_seen and self.way is Way.HAND_OVER:
+        if self._first_seen and self.way is Way.HAND_OVER and not self._transfer_ended:
             # Decode knows best whether it still needs prefill.
             return ()
         return self._give_up(Side.PREFILL, error)
@@ -209,6 +216,9 @@ class Life:
     def _decode_ended(self, error: HexgenError) -> tuple[Action, ...]:
         if self._early and self._early[-1].finish_reason is not None:
             # It is done; only the first token is still on its way.
+            return ()
+        if self._prefill_held and isinstance(error, TransferEnded):
+            self._transfer_ended = True
             return ()
         if self._prefill_held and self.kv is None and isinstance(error, ELSEWHERE):
             return (MoveDecode(error),)
@@ -226,6 +236,6 @@ def for_client(error: HexgenError, *, broke_off: bool = False) -> HexgenError:
     """What a failure between our own processes is to the client: they know nothing of transfers and epochs."""
     if broke_off:
         return Unavailable(f"the answer broke off: {error}")
-    if isinstance(error, StaleEpoch | TransferNotFound | TransferRefused):
+    if isinstance(error, StaleEpoch | TransferEnded | TransferNotFound | TransferRefused):
         return Unavailable(f"the hand-over failed: {error}")
     return error

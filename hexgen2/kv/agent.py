@@ -92,7 +92,7 @@ class KvAgent:
         for name, size, least in (
             ("send_bytes", send_bytes, self._layout.page_bytes if send_bytes else 0),
             ("staging_bytes", staging_bytes, self._layout.page_bytes if staging_bytes else 0),
-            ("landing_bytes", landing_bytes, self._layout.layer_stride if staging_bytes else 0),
+            ("landing_bytes", landing_bytes, self._layout.slot_bytes if staging_bytes else 0),
         ):
             if size < least:
                 raise ConfigError(f"kv.{name} is {size}; this model needs at least {least} per rank")
@@ -248,7 +248,7 @@ class KvAgent:
     def _handle(self, message: ToAgent) -> None:
         match message:
             case OpenSend():
-                self._send.open(message.transfer_id, message.token, message.num_tokens, message.pages)
+                self._send.open(message.transfer_id, message.token, message.num_tokens, message.codec, message.pages)
                 self._outbox.append(Opened(message.transfer_id))
             case OpenRecv():
                 try:

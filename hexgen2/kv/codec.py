@@ -29,8 +29,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hexgen2.kv.wire import CHUNK_TOKENS, KvShape
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -46,7 +44,7 @@ class DigestKey:
 
     Args:
         token: the transfer's secret.
-        max_words: 32-bit words of one head's share of a full chunk; see ``for_shape``.
+        max_words: 32-bit words of one head's share of a full chunk.
         device: where the pieces are.
     """
 
@@ -59,11 +57,6 @@ class DigestKey:
         self._multipliers, self._place_factor = _expand(token, max_words)
         device = torch.device(device)
         self._on_device = torch.from_numpy(self._multipliers).to(device) if device.type != "cpu" else None
-
-    @classmethod
-    def for_shape(cls, token: bytes, shape: KvShape, device: "torch.device | str" = "cpu") -> "DigestKey":
-        """The key for pieces of this KV shape."""
-        return cls(token, CHUNK_TOKENS * 2 * shape.head_dim * shape.item_bytes // 4, device)
 
     def _places(self, layer: int, chunk: int, heads: range, num_words: int) -> list[int]:
         for name, value, bits in (("layer", layer, _LAYER_BITS), ("chunk", chunk, _CHUNK_BITS)):

@@ -3,20 +3,24 @@
 ``codec`` holds the arithmetic; this is what plans, headers and checks need to know of it. With a codec other than
 "none" one head's share of a chunk of ``t`` tokens is written as::
 
-    scales of K      bfloat16 [head_dim]         one per channel, over the chunk's tokens; int4: then as many minima
-    scales of V      bfloat16 [t]                one per token; int4: then as many minima
+    scales           bfloat16 [head_dim]         of K: one per channel, over the chunk's tokens
+                     bfloat16 [t]                of V: one per token
+    minima           likewise, of K and of V     int4 alone
     values           [2 (K, V)][t][head_dim]     one byte each; int4: [t][head_dim], K's in the low half of a byte
     zeros            to a multiple of four bytes
+
+A value is its scale times what is written (int8: two's complement; fp8: e4m3), for int4 plus its minimum.
 """
 
-from typing import Final
+from typing import Final, Literal, get_args
 
 from hexgen2.kv.wire import CHUNK_TOKENS, ITEM_BYTES, KvShape, chunk_span, num_chunks
 
 #: As the engine has it: exact, unless the two sides have different dtypes.
 NONE: Final = "none"
 #: By name. int8: symmetric; fp8: e4m3, scaled to its range; int4: 16 steps from a minimum, two values a byte.
-CODECS: Final = (NONE, "int8", "fp8", "int4")
+Codec = Literal["none", "int8", "fp8", "int4"]
+CODECS: Final[tuple[str, ...]] = get_args(Codec)
 
 _SCALE_BYTES = 2
 

@@ -39,11 +39,11 @@ def rank_slices(stage_layers: Sequence[int], num_kv_heads: int, tensor_parallel_
     return tuple(slices)
 
 
-def plan_picks(sources: Sequence[RankSlice], target: RankSlice) -> tuple[Pick, ...]:
+def plan_picks(sources: Sequence[RankSlice], target: RankSlice, most_heads: int | None = None) -> tuple[Pick, ...]:
     """Every (layer, head) of ``target`` exactly once, from ranks that hold it, as few and as even as they come.
 
-    Where several sources hold the same head, the target's own rank number chooses among them, so that
-    replicated heads share the work.
+    No pick has more than ``most_heads`` heads. Where several sources hold the same head, the target's own rank number
+    chooses among them, so that replicated heads share the work.
 
     Raises:
         TransferRefused: a layer or head that no source holds.
@@ -56,7 +56,11 @@ def plan_picks(sources: Sequence[RankSlice], target: RankSlice) -> tuple[Pick, .
                 raise TransferRefused(f"no sending rank holds layer {layer}, KV head {head}")
             rank = holders[target.rank % len(holders)]
             last = picks[-1] if picks else None
-            if last and last.rank == rank and last.layer == layer and last.first_kv_head + last.num_kv_heads == head:
+            if (
+                last
+                and (last.rank, last.layer, last.first_kv_head + last.num_kv_heads) == (rank, layer, head)
+                and last.num_kv_heads != most_heads
+            ):
                 picks[-1] = Pick(rank, layer, last.first_kv_head, last.num_kv_heads + 1)
             else:
                 picks.append(Pick(rank, layer, head, 1))

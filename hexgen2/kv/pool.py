@@ -1,7 +1,11 @@
-"""A bounded pool of equal pages with a bounded line of waiters, first come first served. Pure."""
+"""A bounded pool of equal pages with a bounded line of waiters, first come first served. Pure.
+
+Time comes in as ``now`` and ``deadline``, seconds of one clock.
+"""
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import inf
 
 from hexgen2.errors import KvTooLarge, Overloaded
 
@@ -12,6 +16,12 @@ class Grant:
 
     key: str
     pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    num_pages: int
+    deadline: float
 
 
 class PagePool:
@@ -26,7 +36,7 @@ class PagePool:
         self.max_queued = max_queued
         self._free = list(range(num_pages - 1, -1, -1))
         self._held: dict[str, tuple[int, ...]] = {}
-        self._line: OrderedDict[str, int] = OrderedDict()
+        self._line: OrderedDict[str, _Wait] = OrderedDict()
 
     @property
     def num_used(self) -> int:
@@ -38,35 +48,47 @@ class PagePool:
         """Keys in line."""
         return len(self._line)
 
-    def request(self, key: str, num_pages: int) -> Grant | None:
-        """Pages at once, or None: the key waits in line for a Grant from ``release``.
+    def check(self, num_pages: int) -> None:
+        """Whether so much could be asked for now; asks for nothing.
 
         Raises:
             KvTooLarge: more than the whole pool.
             Overloaded: the line is full.
         """
-        if key in self._held or key in self._line:
-            raise ValueError(f"{key} already holds or awaits pages of {self.name}")
         if num_pages > self.num_pages:
             raise KvTooLarge(f"KV needs {num_pages} pages of {self.name}, which has {self.num_pages} in all")
+        if (self._line or num_pages > len(self._free)) and len(self._line) >= self.max_queued:
+            raise Overloaded(f"{self.name} is full and {len(self._line)} requests wait (limit {self.max_queued})")
+
+    def request(self, key: str, num_pages: int, deadline: float = inf) -> Grant | None:
+        """Pages at once, or None: the key waits in line, until ``deadline``, for a Grant from ``release``.
+
+        Raises:
+            KvTooLarge, Overloaded: as ``check``.
+        """
+        if key in self._held or key in self._line:
+            raise ValueError(f"{key} already holds or awaits pages of {self.name}")
+        self.check(num_pages)
         if not self._line and num_pages <= len(self._free):
             return self._grant(key, num_pages)
-        if len(self._line) >= self.max_queued:
-            raise Overloaded(f"{self.name} is full and {len(self._line)} requests wait (limit {self.max_queued})")
-        self._line[key] = num_pages
+        self._line[key] = _Wait(num_pages, deadline)
         return None
 
-    def release(self, key: str) -> list[Grant]:
-        """Take the key's pages back, or its place in line, and serve the line. Unknown keys hold nothing."""
+    def release(self, key: str, now: float = -inf) -> list[Grant]:
+        """Take the key's pages back, or its place in line, and serve the line. Unknown keys hold nothing.
+
+        Who has waited past its deadline is passed over and leaves the line without a word: it has gone, or is going.
+        """
         self._free.extend(self._held.pop(key, ()))
         self._line.pop(key, None)
         grants = []
         while self._line:
-            waiting, num_pages = next(iter(self._line.items()))
-            if num_pages > len(self._free):
+            waiting, wait = next(iter(self._line.items()))
+            if now < wait.deadline and wait.num_pages > len(self._free):
                 break
             del self._line[waiting]
-            grants.append(self._grant(waiting, num_pages))
+            if now < wait.deadline:
+                grants.append(self._grant(waiting, wait.num_pages))
         return grants
 
     def _grant(self, key: str, num_pages: int) -> Grant:

@@ -2,17 +2,19 @@
 the engine's writes before the release of its pages."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from threading import Lock
 
 import torch
 
-from hexgen2.kv.codec import DigestKey, copy_and_digest
+from hexgen2.kv.pieces import PieceFormat
+from hexgen2.kv.quantise import Coder
 from hexgen2.kv.wire import PageLayout, chunk_span
 
 
 @dataclass(slots=True)
 class _Send:
-    key: DigestKey
+    format: PieceFormat
     num_tokens: int
     pages: tuple[int, ...]
     lock: Lock = field(default_factory=Lock)
@@ -27,6 +29,8 @@ class SendBuffer:
         self.num_pages = num_bytes // layout.page_bytes
         self.buffer = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
         self._sends: dict[str, _Send] = {}
+        # The forward thread's: it alone calls ``put``.
+        self._make_coder = lru_cache(maxsize=8)(Coder)
 
     @property
     def num_open(self) -> int:
@@ -36,11 +40,10 @@ class SendBuffer:
     def __contains__(self, transfer_id: str) -> bool:
         return transfer_id in self._sends
 
-    def open(self, transfer_id: str, token: bytes, num_tokens: int, pages: tuple[int, ...]) -> None:
-        """Hold ``pages``, one per chunk."""
-        self._sends[transfer_id] = _Send(
-            DigestKey.for_shape(token, self.layout.shape, self.buffer.device), num_tokens, pages
-        )
+    def open(self, transfer_id: str, token: bytes, num_tokens: int, codec: str, pages: tuple[int, ...]) -> None:
+        """Hold ``pages``, one per chunk; each has room for the raw KV, whatever the codec."""
+        piece_format = PieceFormat(token, codec, self.layout.shape, self.buffer.device, self._make_coder)
+        self._sends[transfer_id] = _Send(piece_format, num_tokens, pages)
 
     def close(self, transfer_id: str) -> None:
         """Let the pages go; when it returns, no ``put`` of this transfer writes any more."""
@@ -50,7 +53,7 @@ class SendBuffer:
                 send.open = False
 
     def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> torch.Tensor | None:
-        """Copy one piece, ``[kv_head, 2, tokens, head_dim]``, to its place and return its digests, ``int64[kv_head]``.
+        """Write one piece, ``[kv_head, 2, tokens, head_dim]``, to its place and return its digests, ``int64[kv_head]``.
 
         None when the transfer is not held (any more).
         """
@@ -62,7 +65,8 @@ class SendBuffer:
                 return None
             start, stop = chunk_span(chunk, send.num_tokens)
             at = send.pages[chunk] * self.layout.page_bytes + self.layout.piece_offset(layer)
-            target = self.buffer[at : at + self.layout.piece_bytes(stop - start)].view(piece.dtype).view(piece.shape)
-            return copy_and_digest(
-                target, piece, send.key, layer=layer, chunk=chunk, first_head=self.layout.slice.first_kv_head
+            heads, per_head = self.layout.slice.num_kv_heads, send.format.head_bytes(stop - start)
+            encoded = self.buffer[at : at + heads * per_head].view(heads, per_head)
+            return send.format.write(
+                encoded, piece, layer=layer, chunk=chunk, first_head=self.layout.slice.first_kv_head
             )

@@ -3,21 +3,22 @@ so that what was verified is what is loaded, whatever still happens to the slot 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from threading import Lock
 from time import perf_counter
 from typing import Literal
 
 import torch
 
-from hexgen2.kv.codec import DigestKey, copy_and_digest, to_wire
+from hexgen2.kv.codec import to_wire
 from hexgen2.kv.layout import Pick, plan_picks
 from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, Source, ToService
+from hexgen2.kv.pieces import TORCH_DTYPE, PieceFormat
+from hexgen2.kv.quantise import Coder
 from hexgen2.kv.reads import Claim, Reads
 from hexgen2.kv.transport import Transport, TransportError
-from hexgen2.kv.wire import PageLayout, chunk_span, num_chunks
-
-_TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from hexgen2.kv.wire import CHUNK_TOKENS, PageLayout, chunk_span, num_chunks
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class _Recv:
     """One transfer's share of staging."""
 
     request: OpenRecv
-    key: DigestKey
+    format: PieceFormat
     sources: dict[int, Source]
     picks: dict[tuple[int, int], list[Pick]]
     num_remaining: int
@@ -69,6 +70,8 @@ class StagedKv:
     """Verified KV of one transfer, as this rank needs it."""
 
     num_tokens: int
+    #: In which it came.
+    codec: str
     _staging: "Staging"
     _pages: tuple[int, ...]
 
@@ -94,11 +97,13 @@ class Staging:
         self.layout = layout
         self.device = device
         self.num_pages = staging_bytes // layout.page_bytes
-        self.reads: Reads[_Job] = Reads(transport, landing_bytes, layout.layer_stride, device)
+        self.reads: Reads[_Job] = Reads(transport, landing_bytes, layout.slot_bytes, device)
         self._transport = transport
         self._pages = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
         self._recvs: dict[str, _Recv] = {}
         self._lock = Lock()
+        # The agent's thread's: it alone verifies.
+        self._make_coder = lru_cache(maxsize=8)(Coder)
 
     def open(self, request: OpenRecv) -> None:
         """Hold the pages of one transfer.
@@ -106,12 +111,16 @@ class Staging:
         Raises:
             TransferRefused: the sources do not cover what this rank holds.
         """
+        # Written by the sender, of its dtype.
+        shape = replace(self.layout.shape, dtype=request.dtype)
+        piece_format = PieceFormat(request.token, request.codec, shape, self.device, self._make_coder)
+        most_heads = self.layout.slot_bytes // piece_format.head_bytes(CHUNK_TOKENS)
         picks: dict[tuple[int, int], list[Pick]] = {}
-        for pick in plan_picks([s.slice for s in request.sources], self.layout.slice):
+        for pick in plan_picks([s.slice for s in request.sources], self.layout.slice, most_heads):
             picks.setdefault((pick.rank, pick.layer), []).append(pick)
         self._recvs[request.transfer_id] = _Recv(
             request=request,
-            key=DigestKey.for_shape(request.token, self.layout.shape, self.device),
+            format=piece_format,
             sources={s.slice.rank: s for s in request.sources},
             picks=picks,
             num_remaining=sum(map(len, picks.values())) * num_chunks(request.num_tokens),
@@ -124,9 +133,9 @@ class Staging:
             return
         for piece in pieces:
             source = recv.sources[piece.rank]
-            theirs = PageLayout(self.layout.shape, source.slice)
+            theirs = PageLayout(replace(self.layout.shape, dtype=recv.request.dtype), source.slice)
             start, stop = chunk_span(piece.chunk, recv.request.num_tokens)
-            per_head = theirs.head_bytes_per_token * (stop - start)
+            per_head = recv.format.head_bytes(stop - start)
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
                 first = pick.first_kv_head - source.slice.first_kv_head
                 self.reads.add(
@@ -176,7 +185,7 @@ class Staging:
             if recv is None or not recv.open or not recv.verified:
                 return None
             recv.loading = True
-            return StagedKv(recv.request.num_tokens, self, recv.request.pages)
+            return StagedKv(recv.request.num_tokens, recv.request.codec, self, recv.request.pages)
 
     def unpin(self, transfer_id: str) -> None:
         """The engine reads the pages no more."""
@@ -188,7 +197,7 @@ class Staging:
     def piece(self, page: int, layer: int, num_tokens: int) -> torch.Tensor:
         """View of ``[kv_head, 2, token, head_dim]`` in a page."""
         at = page * self.layout.page_bytes + self.layout.piece_offset(layer)
-        flat = self._pages[at : at + self.layout.piece_bytes(num_tokens)].view(_TORCH_DTYPE[self.layout.shape.dtype])
+        flat = self._pages[at : at + self.layout.piece_bytes(num_tokens)].view(TORCH_DTYPE[self.layout.shape.dtype])
         return flat.view(self.layout.slice.num_kv_heads, 2, num_tokens, self.layout.shape.head_dim)
 
     def _verify(self, job: _Job, landed: torch.Tensor) -> list[ToService]:
@@ -198,9 +207,9 @@ class Staging:
         target = self.piece(recv.request.pages[job.chunk], pick.layer, job.num_tokens)[
             first : first + pick.num_kv_heads
         ]
-        landed = landed.view(target.dtype).view(target.shape)
+        encoded = landed.view(pick.num_kv_heads, -1)
         digests = to_wire(
-            copy_and_digest(target, landed, recv.key, layer=pick.layer, chunk=job.chunk, first_head=pick.first_kv_head)
+            recv.format.read(target, encoded, layer=pick.layer, chunk=job.chunk, first_head=pick.first_kv_head)
         )
         recv.verify_s += perf_counter() - began
         if digests != job.digests:

@@ -93,6 +93,11 @@ class PageLayout:
         """Bytes of a page."""
         return self.layer_stride * self.slice.num_layers
 
+    @property
+    def slot_bytes(self) -> int:
+        """Landing memory of one read: a layer's piece, or at least one head of the widest dtype."""
+        return max(self.layer_stride, 2 * CHUNK_TOKENS * self.shape.head_dim * max(ITEM_BYTES.values()))
+
     def piece_offset(self, layer: int) -> int:
         """Offset of ``layer`` (global number) within a page."""
         return (layer - self.slice.first_layer) * self.layer_stride

@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from hexgen2.errors import Unavailable
-from hexgen2.kv.messages import Piece
+from hexgen2.kv.handoff import FetchMessage
 from hexgen2.rpc.client import channel, to_error, trace_metadata
 from hexgen2.rpc.kv_convert import first_token_from_proto, offer_from_proto, pieces_from_proto
 from hexgen2.tls import TlsFiles
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
-from hexgen2.worker.prefill import FirstToken, Offer
+from hexgen2.worker.receive import RemoteKv
 
 #: The Decode call's own deadline is shorter; this bounds callers that set none.
 MAX_FETCH_S = 3600.0
@@ -26,16 +26,15 @@ class KvClient:
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
         self._in_use: dict[str, int] = {}
 
-    async def fetch(
-        self, address: str, transfer_id: str, token: bytes
-    ) -> AsyncGenerator[Offer | tuple[Piece, ...] | FirstToken, None]:
+    async def fetch(self, remote: RemoteKv, resume: bool) -> AsyncGenerator[FetchMessage, None]:
         """Messages of one FetchKv call; closing the iterator cancels the call.
 
         Raises:
             HexgenError: as the peer raised it; Unavailable when it is gone.
         """
+        address = remote.prefill_address
         stub = prefill_pb2_grpc.PrefillStub(await self._channel(address))
-        request = prefill_pb2.FetchKvRequest(transfer_id=transfer_id, token=token)
+        request = prefill_pb2.FetchKvRequest(transfer_id=remote.transfer_id, token=remote.token, resume=resume)
         self._in_use[address] = self._in_use.get(address, 0) + 1
         call = stub.FetchKv(request, metadata=trace_metadata(), timeout=MAX_FETCH_S)
         try:

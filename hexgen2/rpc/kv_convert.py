@@ -2,13 +2,12 @@
 
 from hexgen2.engine.base import FinishReason
 from hexgen2.errors import TransferRefused
-from hexgen2.kv.handoff import Header
+from hexgen2.kv.handoff import FirstToken, Header, Offer
 from hexgen2.kv.messages import Piece, Source
 from hexgen2.kv.wire import ITEM_BYTES, KvShape, RankSlice
 from hexgen2.rpc.convert import finish_from_proto, finish_to_proto, token_from_proto, token_to_proto
 from hexgen2.v1 import decode_pb2, prefill_pb2, types_pb2
-from hexgen2.worker.decode import KvSummary
-from hexgen2.worker.prefill import FirstToken, Offer
+from hexgen2.worker.receive import KvSummary
 
 _SHAPE_LIMIT = 1 << 16
 #: More than any replica has, few enough to plan for at once.

@@ -80,11 +80,8 @@ def compositions(fabric: Fabric, limits: Limits) -> Iterator[tuple[str, Composit
 def columns(fabric: Fabric, limits: Limits, strategies: Strategies, roles: frozenset[str]) -> tuple[Column, ...]:
     """Of every composition that can hold the model: its best rates in the roles that are allowed."""
     found = []
-    places = tuple(compositions(fabric, limits))
-    for (site, composition), candidates in zip(
-        places, strategies.of_all([composition for _, composition in places]), strict=True
-    ):
-        prefill, decode, colocated = candidates.rates
+    for site, composition in compositions(fabric, limits):
+        prefill, decode, colocated = strategies.of(composition).rates
         column = Column(
             site,
             composition,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from hexgen2.v1 import types_pb2 as hexgen2_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hexgen2/v1/prefill.proto\x12\nhexgen2.v1\x1a\x16hexgen2/v1/types.proto\"\xbb\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x08transfer\x18\x02 \x01(\x0b\x32\x14.hexgen2.v1.Transfer\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.hexgen2.v1.SamplingParams\x12\x12\n\nplan_epoch\x18\x05 \x01(\x04\x12\x11\n\thand_over\x18\x06 \x01(\x08\"s\n\x0fPrefillResponse\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.hexgen2.v1.AdmittedH\x00\x12-\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x16.hexgen2.v1.FirstTokenH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x08\x41\x64mitted\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\"v\n\nFirstToken\x12 \n\x05token\x18\x01 \x01(\x0b\x32\x11.hexgen2.v1.Token\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.hexgen2.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"4\n\x0e\x46\x65tchKvRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\x99\x01\n\x0f\x46\x65tchKvResponse\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.hexgen2.v1.KvHeaderH\x00\x12&\n\x06pieces\x18\x02 \x01(\x0b\x32\x14.hexgen2.v1.KvPiecesH\x00\x12-\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x16.hexgen2.v1.FirstTokenH\x00\x42\x07\n\x05\x65vent\"\xcd\x01\n\x08KvHeader\x12\x14\n\x0cmodel_sha256\x18\x01 \x01(\x0c\x12\x15\n\rprompt_sha256\x18\x02 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\"\n\x05shape\x18\x04 \x01(\x0b\x32\x13.hexgen2.v1.KvShape\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x14\n\x0c\x63hunk_tokens\x18\x06 \x01(\r\x12\x11\n\ttransport\x18\x07 \x01(\t\x12!\n\x05ranks\x18\x08 \x03(\x0b\x32\x12.hexgen2.v1.KvRank\"T\n\x07KvShape\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\x94\x01\n\x06KvRank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x15\n\rfirst_kv_head\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x06 \x01(\x0c\x12\x14\n\x0cpage_offsets\x18\x07 \x03(\x04\"F\n\x07KvPiece\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12\x0f\n\x07\x64igests\x18\x04 \x03(\x06\"/\n\x08KvPieces\x12#\n\x06pieces\x18\x01 \x03(\x0b\x32\x13.hexgen2.v1.KvPiece2\x95\x01\n\x07Prefill\x12\x44\n\x07Prefill\x12\x1a.hexgen2.v1.PrefillRequest\x1a\x1b.hexgen2.v1.PrefillResponse0\x01\x12\x44\n\x07\x46\x65tchKv\x12\x1a.hexgen2.v1.FetchKvRequest\x1a\x1b.hexgen2.v1.FetchKvResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hexgen2/v1/prefill.proto\x12\nhexgen2.v1\x1a\x16hexgen2/v1/types.proto\"\xbb\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x08transfer\x18\x02 \x01(\x0b\x32\x14.hexgen2.v1.Transfer\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.hexgen2.v1.SamplingParams\x12\x12\n\nplan_epoch\x18\x05 \x01(\x04\x12\x11\n\thand_over\x18\x06 \x01(\x08\"s\n\x0fPrefillResponse\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.hexgen2.v1.AdmittedH\x00\x12-\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x16.hexgen2.v1.FirstTokenH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x08\x41\x64mitted\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\"v\n\nFirstToken\x12 \n\x05token\x18\x01 \x01(\x0b\x32\x11.hexgen2.v1.Token\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.hexgen2.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"D\n\x0e\x46\x65tchKvRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06resume\x18\x03 \x01(\x08\"\x99\x01\n\x0f\x46\x65tchKvResponse\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x14.hexgen2.v1.KvHeaderH\x00\x12&\n\x06pieces\x18\x02 \x01(\x0b\x32\x14.hexgen2.v1.KvPiecesH\x00\x12-\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x16.hexgen2.v1.FirstTokenH\x00\x42\x07\n\x05\x65vent\"\xcd\x01\n\x08KvHeader\x12\x14\n\x0cmodel_sha256\x18\x01 \x01(\x0c\x12\x15\n\rprompt_sha256\x18\x02 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\"\n\x05shape\x18\x04 \x01(\x0b\x32\x13.hexgen2.v1.KvShape\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\x14\n\x0c\x63hunk_tokens\x18\x06 \x01(\r\x12\x11\n\ttransport\x18\x07 \x01(\t\x12!\n\x05ranks\x18\x08 \x03(\x0b\x32\x12.hexgen2.v1.KvRank\"T\n\x07KvShape\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\x94\x01\n\x06KvRank\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x15\n\rfirst_kv_head\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08\x65ndpoint\x18\x06 \x01(\x0c\x12\x14\n\x0cpage_offsets\x18\x07 \x03(\x04\"F\n\x07KvPiece\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12\r\n\x05\x63hunk\x18\x03 \x01(\r\x12\x0f\n\x07\x64igests\x18\x04 \x03(\x06\"/\n\x08KvPieces\x12#\n\x06pieces\x18\x01 \x03(\x0b\x32\x13.hexgen2.v1.KvPiece2\x95\x01\n\x07Prefill\x12\x44\n\x07Prefill\x12\x1a.hexgen2.v1.PrefillRequest\x1a\x1b.hexgen2.v1.PrefillResponse0\x01\x12\x44\n\x07\x46\x65tchKv\x12\x1a.hexgen2.v1.FetchKvRequest\x1a\x1b.hexgen2.v1.FetchKvResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,19 +41,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FIRSTTOKEN']._serialized_start=400
   _globals['_FIRSTTOKEN']._serialized_end=518
   _globals['_FETCHKVREQUEST']._serialized_start=520
-  _globals['_FETCHKVREQUEST']._serialized_end=572
-  _globals['_FETCHKVRESPONSE']._serialized_start=575
-  _globals['_FETCHKVRESPONSE']._serialized_end=728
-  _globals['_KVHEADER']._serialized_start=731
-  _globals['_KVHEADER']._serialized_end=936
-  _globals['_KVSHAPE']._serialized_start=938
-  _globals['_KVSHAPE']._serialized_end=1022
-  _globals['_KVRANK']._serialized_start=1025
-  _globals['_KVRANK']._serialized_end=1173
-  _globals['_KVPIECE']._serialized_start=1175
-  _globals['_KVPIECE']._serialized_end=1245
-  _globals['_KVPIECES']._serialized_start=1247
-  _globals['_KVPIECES']._serialized_end=1294
-  _globals['_PREFILL']._serialized_start=1297
-  _globals['_PREFILL']._serialized_end=1446
+  _globals['_FETCHKVREQUEST']._serialized_end=588
+  _globals['_FETCHKVRESPONSE']._serialized_start=591
+  _globals['_FETCHKVRESPONSE']._serialized_end=744
+  _globals['_KVHEADER']._serialized_start=747
+  _globals['_KVHEADER']._serialized_end=952
+  _globals['_KVSHAPE']._serialized_start=954
+  _globals['_KVSHAPE']._serialized_end=1038
+  _globals['_KVRANK']._serialized_start=1041
+  _globals['_KVRANK']._serialized_end=1189
+  _globals['_KVPIECE']._serialized_start=1191
+  _globals['_KVPIECE']._serialized_end=1261
+  _globals['_KVPIECES']._serialized_start=1263
+  _globals['_KVPIECES']._serialized_end=1310
+  _globals['_PREFILL']._serialized_start=1313
+  _globals['_PREFILL']._serialized_end=1462
 # @@protoc_insertion_point(module_scope)

@@ -139,17 +139,21 @@ class FetchKvRequest(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     token: _builtins.bytes
+    resume: _builtins.bool
+    """The caller has had the header by an earlier call: a transfer that is not here is gone, not still to come."""
     def __init__(
         self,
         *,
         transfer_id: _builtins.str = ...,
         token: _builtins.bytes = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume", "token", b"token", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,12 +1,16 @@
 """Small tools for calls that own memory: clean-up that cannot be cancelled, owned tasks, a queue for pages, a gate."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
+from math import inf
+from typing import TypeVar
 
 from hexgen2 import metrics
-from hexgen2.errors import Unavailable
+from hexgen2.errors import DeadlineExceeded, Unavailable
 from hexgen2.kv.pool import Grant, PagePool
+
+T = TypeVar("T")
 
 
 async def uninterrupted(work: Coroutine[object, object, None]) -> None:
@@ -38,6 +42,47 @@ async def owned(work: Coroutine[object, object, None]) -> AsyncIterator[asyncio.
             task.result()
 
 
+def now() -> float:
+    """The running loop's clock, which is ``time.monotonic``; deadlines are by it."""
+    return asyncio.get_running_loop().time()
+
+
+async def bounded(items: AsyncGenerator[T, None], deadline: float) -> AsyncGenerator[T, None]:
+    """The same items; closes ``items`` at its end.
+
+    Raises:
+        DeadlineExceeded: at ``deadline``, when it is still waiting for the next.
+    """
+    async with aclosing(items):
+        while True:
+            try:
+                async with asyncio.timeout_at(None if deadline == inf else deadline):
+                    item = await anext(items)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise DeadlineExceeded("the engine did not answer before the deadline") from None
+            yield item
+
+
+class Changes:
+    """Wakes those who wait for a state machine to change. ``notify`` after each change."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def notify(self) -> None:
+        """It has changed."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def next(self, deadline: float = inf) -> None:
+        """Return at the next change, or at ``deadline``."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(None if deadline == inf else deadline):
+                await self._changed.wait()
+
+
 class PageQueue:
     """``PagePool`` with waiting: who is cancelled leaves the line, who is granted holds until ``release``."""
 
@@ -63,30 +108,46 @@ class PageQueue:
         """Requests in line."""
         return self._pool.num_waiting
 
-    async def acquire(self, key: str, num_pages: int) -> tuple[int, ...]:
-        """Pages, as soon as it is this request's turn. The caller's deadline cancels the wait."""
-        grant = self._pool.request(key, num_pages)
-        if grant is None:
-            future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
-            self._waiting[key] = future
-            try:
-                return await future
-            except asyncio.CancelledError:
+    def check(self, num_pages: int) -> None:
+        """Refuse at once what ``acquire`` would refuse now. Raises as it does."""
+        self._pool.check(num_pages)
+
+    async def acquire(self, key: str, num_pages: int, deadline: float = inf) -> tuple[int, ...]:
+        """Pages, as soon as it is this request's turn.
+
+        Raises:
+            KvTooLarge: more than the whole pool.
+            Overloaded: the line is full.
+            DeadlineExceeded: ``deadline`` passed first.
+        """
+        grant = self._pool.request(key, num_pages, deadline)
+        if grant is not None:
+            self._report()
+            return grant.pages
+        future: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
+        self._waiting[key] = future
+        granted = False
+        try:
+            async with asyncio.timeout_at(None if deadline == inf else deadline):
+                pages = await future
+            granted = True
+            return pages
+        except TimeoutError:
+            raise DeadlineExceeded(f"no room in {self._pool.name} before the deadline") from None
+        finally:
+            if not granted:
                 self.release(key)
-                raise
-        self._report()
-        return grant.pages
 
     def release(self, key: str) -> None:
         """Give pages, or the place in line, back. Idempotent."""
         self._waiting.pop(key, None)
-        self._serve(self._pool.release(key))
+        self._serve(self._pool.release(key, now()))
 
     def _serve(self, grants: list[Grant]) -> None:
         for grant in grants:
             future = self._waiting.pop(grant.key)
             if future.cancelled():
-                self._serve(self._pool.release(grant.key))
+                self._serve(self._pool.release(grant.key, now()))
             else:
                 future.set_result(grant.pages)
         self._report()

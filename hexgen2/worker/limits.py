@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from hexgen2.errors import InvalidRequest
-from hexgen2.kv.codecs import NONE
 from hexgen2.rpc.convert import codec_from_proto
 from hexgen2.v1 import types_pb2
 
 MIN_TOKEN_BYTES = 16
 MAX_ID_CHARS = 128
+#: A call whose caller set no deadline ends after this.
+MAX_CALL_S = 3600.0
 
 
 def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) -> tuple[int, ...]:
@@ -30,5 +31,9 @@ def check_transfer(transfer: types_pb2.Transfer) -> None:
         raise InvalidRequest("transfer.transfer_id", f"must have 1 to {MAX_ID_CHARS} characters")
     if len(transfer.token) < MIN_TOKEN_BYTES:
         raise InvalidRequest("transfer.token", f"{len(transfer.token)} bytes; at least {MIN_TOKEN_BYTES} are needed")
-    if codec_from_proto(transfer.codec, "transfer.codec") != NONE:
-        raise InvalidRequest("transfer.codec", f"{transfer.codec!r} is not served yet")
+    codec_from_proto(transfer.codec, "transfer.codec")
+
+
+def call_timeout_s(time_remaining_s: float | None) -> float:
+    """How long a call may take, by what gRPC says is left of it (None: its caller has set no deadline)."""
+    return MAX_CALL_S if time_remaining_s is None else min(time_remaining_s, MAX_CALL_S)

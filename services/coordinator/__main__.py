@@ -28,7 +28,7 @@ async def serve(config: CoordinatorConfig) -> None:
         stack.callback(telemetry.setup("coordinator"))
         metrics_address = stack.enter_context(metrics.metrics_served(config.metrics_listen))
         # Milliseconds: a new coordinator's epochs are above those of the one before it.
-        state = FleetState(time.time_ns() // 1_000_000, config.lost_after_s)
+        state = FleetState(time.time_ns() // 1_000_000, config.lost_after_s, codec=config.codec)
         service = CoordinatorService(state, time.monotonic)
         server = GrpcServer(config.listen, untraced=UNTRACED, tls=load_tls(config.tls))
         server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)

@@ -13,9 +13,10 @@ from hexgen2.rpc.client import trace_metadata
 from hexgen2.rpc.convert import codec_from_proto, finish_to_proto, sampling_from_proto, token_to_proto
 from hexgen2.rpc.kv_convert import summary_to_proto
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc
-from hexgen2.worker.aio import Gate
-from hexgen2.worker.decode import DecodeJob, DecodeWorker, KvSummary, RemoteKv
-from hexgen2.worker.limits import check_prompt, check_transfer
+from hexgen2.worker.aio import Gate, now
+from hexgen2.worker.decode import DecodeJob, DecodeWorker
+from hexgen2.worker.limits import call_timeout_s, check_prompt, check_transfer
+from hexgen2.worker.receive import KvSummary, RemoteKv
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,7 +37,8 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
         self, request: decode_pb2.DecodeRequest, context: _Context
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         """See the proto."""
-        async with self._gate.enter(), aclosing(self._worker.run(self._job(request))) as events:
+        deadline = now() + call_timeout_s(context.time_remaining())
+        async with self._gate.enter(), aclosing(self._worker.run(self._job(request, deadline))) as events:
             async for event in events:
                 match event:
                     case KvSummary():
@@ -49,7 +51,7 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
                         )
                         yield decode_pb2.DecodeResponse(tokens=tokens)
 
-    def _job(self, request: decode_pb2.DecodeRequest) -> DecodeJob:
+    def _job(self, request: decode_pb2.DecodeRequest, deadline: float) -> DecodeJob:
         if not request.request_id:
             raise InvalidRequest("request_id", "is empty")
         sampling = sampling_from_proto(request.sampling)
@@ -77,4 +79,5 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
             sampling=sampling,
             remote=remote,
             trace_headers=trace_metadata(),
+            deadline=deadline,
         )

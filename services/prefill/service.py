@@ -6,15 +6,15 @@ from typing import Any
 
 import grpc
 
-from hexgen2.errors import InvalidRequest
-from hexgen2.kv.messages import Piece
+from hexgen2.errors import InvalidRequest, Unavailable
+from hexgen2.kv.handoff import FetchMessage, FirstToken, Offer
 from hexgen2.rpc.client import trace_metadata
 from hexgen2.rpc.convert import codec_from_proto, sampling_from_proto
 from hexgen2.rpc.kv_convert import first_token_to_proto, offer_to_proto, pieces_to_proto
-from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
-from hexgen2.worker.aio import Gate
-from hexgen2.worker.limits import check_prompt, check_transfer
-from hexgen2.worker.prefill import Admitted, FirstToken, Offer, PrefillJob, PrefillWorker
+from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
+from hexgen2.worker.aio import Gate, now
+from hexgen2.worker.limits import call_timeout_s, check_prompt, check_transfer
+from hexgen2.worker.prefill import Admitted, PrefillJob, PrefillWorker
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -24,6 +24,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._worker: PrefillWorker | None = None
 
     def attach(self, worker: PrefillWorker, max_model_len: int, vocab_size: int) -> None:
         """The engine is up; the gate opens next."""
@@ -36,6 +37,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         """See the proto."""
         async with self._gate.enter():
+            worker = self._attached()
             if not request.request_id:
                 raise InvalidRequest("request_id", "is empty")
             if request.hand_over:
@@ -49,10 +51,11 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
                 hand_over=request.hand_over,
                 codec=codec_from_proto(request.transfer.codec, "transfer.codec"),
                 trace_headers=trace_metadata(),
+                deadline=now() + call_timeout_s(context.time_remaining()),
             )
             if job.sampling.needs_history:
                 raise InvalidRequest("sampling", "penalties and json_schema are served colocated, not handed over")
-            async with aclosing(self._worker.run(job)) as events:
+            async with aclosing(worker.run(job)) as events:
                 async for event in events:
                     match event:
                         case Admitted():
@@ -64,12 +67,20 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
         self, request: prefill_pb2.FetchKvRequest, context: _Context
     ) -> AsyncIterator[prefill_pb2.FetchKvResponse]:
         """See the proto."""
-        async with aclosing(self._worker.fetch(request.transfer_id, request.token)) as messages:
+        check_transfer(types_pb2.Transfer(transfer_id=request.transfer_id, token=request.token))
+        async with aclosing(
+            self._attached().fetch(request.transfer_id, request.token, resume=request.resume)
+        ) as messages:
             async for message in messages:
                 yield _fetch_response(message)
 
+    def _attached(self) -> PrefillWorker:
+        if self._worker is None:
+            raise Unavailable("this replica is starting; try another or later")
+        return self._worker
 
-def _fetch_response(message: Offer | tuple[Piece, ...] | FirstToken) -> prefill_pb2.FetchKvResponse:
+
+def _fetch_response(message: FetchMessage) -> prefill_pb2.FetchKvResponse:
     match message:
         case Offer():
             return prefill_pb2.FetchKvResponse(header=offer_to_proto(message))

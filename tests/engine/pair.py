@@ -11,12 +11,13 @@ from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, SampledToken, Sampling
 from hexgen2.engine.vllm import VllmEngine
 from hexgen2.engine.vllm_args import Role
-from hexgen2.kv.messages import Piece
+from hexgen2.kv.handoff import FetchMessage, FirstToken
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.worker.aio import PageQueue
-from hexgen2.worker.decode import DecodeJob, DecodeWorker, KvSummary, RemoteKv
-from hexgen2.worker.prefill import FirstToken, Offer, PrefillJob, PrefillWorker
+from hexgen2.worker.decode import DecodeJob, DecodeWorker
+from hexgen2.worker.prefill import PrefillJob, PrefillWorker
+from hexgen2.worker.receive import KvSummary, RemoteKv
 
 START_TIMEOUT_S = 120.0
 
@@ -119,12 +120,8 @@ async def pair(prefill_config: VllmEngineConfig, decode_config: VllmEngineConfig
     ):
         prefill = PrefillWorker(p_engine, p_ranks, p_memory)
 
-        async def fetch(
-            _address: str, transfer_id: str, token: bytes
-        ) -> AsyncGenerator[Offer | tuple[Piece, ...] | FirstToken, None]:
-            async with aclosing(prefill.fetch(transfer_id, token)) as messages:
-                async for message in messages:
-                    yield message
+        def fetch(remote: RemoteKv, resume: bool) -> AsyncGenerator[FetchMessage, None]:
+            return prefill.fetch(remote.transfer_id, remote.token, resume=resume)
 
         decode = DecodeWorker(d_engine, d_ranks, d_memory, fetch)
         yield Pair(p_engine, d_engine, p_memory, d_memory, prefill, decode)

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexgen2.engine.base import FinishReason, SampledToken
-from hexgen2.errors import HexgenError, InvalidRequest, KvTooLarge, Overloaded, StaleEpoch, Unavailable
+from hexgen2.errors import (
+    HexgenError,
+    InvalidRequest,
+    KvTooLarge,
+    Overloaded,
+    StaleEpoch,
+    TransferEnded,
+    Unavailable,
+)
 from hexgen2.gateway.job import KvMoved
 from hexgen2.gateway.life import (
     Action,
@@ -31,6 +39,7 @@ STOP = FinishReason.STOP
 VERIFIED = KvVerified(KvMoved(1, 1, "memory", "none", 0.0))
 FIRST = FirstToken(SampledToken(0), None, cached_tokens=3)
 LOST = Unavailable("gone")
+USED_UP = TransferEnded("the transfer has ended")
 PREFILL_LOST, DECODE_LOST = Ended(Side.PREFILL, LOST), Ended(Side.DECODE, LOST)
 
 
@@ -79,7 +88,7 @@ def two_calls(draw: st.DrawFn) -> list[Event]:
     """What prefill and decode send, each in its order, interleaved in any way, each cut off anywhere."""
     prefill: list[Event] = [FIRST]
     decode: list[Event] = [VERIFIED, more(1), more(2, 3), more(4, finish=STOP), Ended(Side.DECODE, None)]
-    errors = st.sampled_from([LOST, None, Overloaded("full"), StaleEpoch("old"), InvalidRequest("x", "y")])
+    errors = st.sampled_from([LOST, None, Overloaded("full"), StaleEpoch("old"), InvalidRequest("x", "y"), USED_UP])
     if draw(st.booleans()):
         prefill = [*prefill[: draw(st.integers(0, 1))], Ended(Side.PREFILL, draw(errors))]
     if draw(st.booleans()):
@@ -106,8 +115,10 @@ def test_whatever_happens_it_ends(events: list[Event]) -> None:
     decode_over = any(isinstance(event, Ended) and event.side is Side.DECODE for event in events)
     has_first = FIRST in events
     prefill_over = any(isinstance(event, Ended) and event.side is Side.PREFILL for event in events)
+    # Decode that was told of the transfer's end leaves it to prefill's, which then is on its way.
+    told = Ended(Side.DECODE, USED_UP) in events
     run = play(Life(Way.HAND_OVER), events)
-    if decode_over and (has_first or prefill_over):
+    if decode_over and (prefill_over or (has_first and not told)):
         assert run.outcome is not None
 
 
@@ -129,6 +140,21 @@ def test_decode_lost_before_verification_is_moved() -> None:
     assert life.on(DECODE_LOST) == (MoveDecode(LOST),)
     assert life.on(VERIFIED) == (EndPrefill(),)
     assert life.on(more(1, finish=STOP)) == (Deliver((SampledToken(1),), STOP),)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_transfer_that_has_ended_is_not_moved_and_prefill_says_why(first: bool) -> None:
+    life = Life(Way.HAND_OVER)
+    if first:
+        life.on(FIRST)
+    assert life.on(Ended(Side.DECODE, USED_UP)) == ()
+    full = Overloaded("full")
+    (over,) = life.on(Ended(Side.PREFILL, full))
+    if first:
+        assert isinstance(over, Fail)
+        assert "full" in str(over.error)
+    else:
+        assert over == TryAgain(Side.PREFILL, full)
 
 
 def test_decode_is_not_moved_when_prefill_holds_nothing_any_more() -> None:

@@ -129,8 +129,8 @@ class Pair:
     prefill: Peer
     decode: Peer
 
-    def transfer(self) -> types_pb2.Transfer:
-        return types_pb2.Transfer(transfer_id=secrets.token_hex(8), token=secrets.token_bytes(32))
+    def transfer(self, codec: str = "") -> types_pb2.Transfer:
+        return types_pb2.Transfer(transfer_id=secrets.token_hex(8), token=secrets.token_bytes(32), codec=codec)
 
     def start_prefill(
         self, transfer: types_pb2.Transfer, prompt: Sequence[int], sampling: Sampling, *, hand_over: bool = True
@@ -160,9 +160,9 @@ class Pair:
             timeout=DEADLINE_S,
         )
 
-    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Handed:
+    async def generate(self, prompt: Sequence[int], sampling: Sampling, codec: str = "") -> Handed:
         """One request as the gateway runs it."""
-        transfer, handed = self.transfer(), Handed()
+        transfer, handed = self.transfer(codec), Handed()
         prefill = self.start_prefill(transfer, prompt, sampling)
         decode = self.start_decode(transfer, prompt, sampling)
         async for response in prefill:

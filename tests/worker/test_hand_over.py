@@ -8,6 +8,7 @@ import pytest
 
 from hexgen2.config import KvConfig
 from hexgen2.engine.base import Sampling
+from hexgen2.kv.codecs import transfer_bytes
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
 from tests.eventually import eventually
 from tests.worker.pair import CONFIG, DEADLINE_S, expected_tokens, pair
@@ -46,6 +47,54 @@ async def test_prefill_and_decode_may_differ_in_ranks(prefill_tp: int, decode_tp
     ) as fleet:
         handed = await fleet.generate(prompt, Sampling(max_tokens=4))
         assert handed.tokens == expected_tokens(CONFIG, prompt, 4)
+        await fleet.settled()
+
+
+@pytest.mark.parametrize("codec", ["int8", "fp8", "int4"])
+async def test_kv_travels_in_the_codec_of_the_transfer(codec: str) -> None:
+    """The emulated model's values survive every codec, so its tokens prove that none was lost or mistaken."""
+    prompt = prompt_of(300)
+    async with pair(
+        CONFIG.model_copy(update={"tensor_parallel_size": 2}), CONFIG.model_copy(update={"dtype": "bfloat16"})
+    ) as fleet:
+        handed = await fleet.generate(prompt, Sampling(max_tokens=4), codec)
+        assert handed.tokens == expected_tokens(CONFIG, prompt, 4)
+        assert handed.kv is not None
+        assert handed.kv.codec == codec
+        assert handed.kv.bytes == transfer_bytes(codec, fleet.prefill.engine.model.kv_shape, 300)
+        await fleet.settled()
+
+
+@pytest.mark.parametrize(
+    ("prefill_dtype", "decode_dtype"), [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32")]
+)
+async def test_prefill_and_decode_may_differ_in_dtype(prefill_dtype: str, decode_dtype: str) -> None:
+    prompt = prompt_of(300)
+    async with pair(
+        CONFIG.model_copy(update={"dtype": prefill_dtype, "tensor_parallel_size": 2}),
+        CONFIG.model_copy(update={"dtype": decode_dtype, "tensor_parallel_size": 1}),
+    ) as fleet:
+        handed = await fleet.generate(prompt, Sampling(max_tokens=4))
+        assert handed.tokens == expected_tokens(CONFIG, prompt, 4)
+        assert handed.kv is not None
+        assert handed.kv.bytes == fleet.prefill.engine.model.kv_shape.bytes_per_token * 300
+        await fleet.settled()
+
+
+async def test_an_unknown_codec_and_one_that_was_not_agreed_are_refused() -> None:
+    prompt = prompt_of(20)
+    async with pair() as fleet:
+        for start in (fleet.start_prefill, fleet.start_decode):
+            status, message = await status_of(start(fleet.transfer("zip"), prompt, Sampling(max_tokens=4)))
+            assert status is grpc.StatusCode.INVALID_ARGUMENT
+            assert "transfer.codec: 'zip' is not one of none, int8, fp8, int4" in message
+        transfer = fleet.transfer("int8")
+        made = fleet.start_prefill(transfer, prompt, Sampling(max_tokens=4))
+        transfer.codec = "int4"
+        status, message = await status_of(fleet.start_decode(transfer, prompt, Sampling(max_tokens=4)))
+        assert status is grpc.StatusCode.FAILED_PRECONDITION
+        assert "codec differs: offered int8, expected int4" in message
+        made.cancel()
         await fleet.settled()
 
 
@@ -182,8 +231,9 @@ async def test_when_prefill_leaves_decode_is_told_and_everything_is_free() -> No
         decode = asyncio.create_task(status_of(fleet.start_decode(transfer, prompt_of(900), Sampling(max_tokens=4))))
         await eventually(lambda: bool(fleet.decode.memory.bytes_used))
         prefill.cancel()
-        code, _ = await decode
-        assert code is grpc.StatusCode.UNAVAILABLE
+        code, details = await decode
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "ended before all of it was sent" in details
         await fleet.settled()
 
 

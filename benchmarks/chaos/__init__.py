@@ -1,1 +1,0 @@
-"""Chaos: a fleet of real processes under load and faults, every answer checked. ``python -m benchmarks.chaos``."""
