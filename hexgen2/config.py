@@ -105,7 +105,9 @@ class KvConfig(Config):
 class WorkerConfig(Config):
     """A prefill or a decode worker."""
 
-    role: Literal["prefill", "decode"]
+    role: Literal["prefill", "decode", "flexible"] = Field(
+        description="flexible does either, or whole requests, as the plan has it"
+    )
     replica_id: str = Field("", max_length=64, description="default: the role and the port")
     listen: str = Field("127.0.0.1:0", description="host:port of the gRPC service")
     advertise: str = Field("", description="host:port that others dial; default: where it listens")
@@ -123,7 +125,13 @@ class CoordinatorConfig(Config):
     listen: str = "127.0.0.1:50052"
     metrics_listen: str = ""
     codec: Codec = Field("none", description="what KV travels in between workers; others than none lose a little")
+    plan: Path | None = Field(None, description="a plan.yaml whose replicas and routes it is to have; none: all to all")
+    state_file: Path | None = Field(
+        None,
+        description="where it keeps the plan; default: by its address under $HEXGEN2_HOME, nowhere for port 0",
+    )
     lost_after_s: float = Field(5.0, gt=0, description="a worker silent for so long is lost")
+    max_clock_skew_s: float = Field(30.0, gt=0, description="a worker whose clock is further apart is refused")
     tls: TlsConfig | None = _TLS
     drain_s: float = Field(5.0, ge=0)
 

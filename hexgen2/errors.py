@@ -86,6 +86,12 @@ class ReplicaConflict(HexgenError):
     status = "FAILED_PRECONDITION"
 
 
+class ReplicaMismatch(HexgenError):
+    """A worker that does not fit the fleet: another model, version, role or clock. Says what differs, what to do."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class Overloaded(HexgenError):
     """A bounded queue is full. ``retry_after_s`` reaches the client as Retry-After."""
 

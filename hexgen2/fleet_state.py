@@ -1,23 +1,24 @@
-"""Who is in the fleet and the plan that follows: every prefill with every decode replica of the same model. Pure.
+"""Who is in the fleet and the plan that follows. Pure.
 
-The plan changes (a new epoch) only with membership: who is there, where, in which role and incarnation. States and
-load change without a new plan; routing looks at both. Times are seconds of the caller's monotonic clock.
+The plan changes (a new epoch) only with membership and roles: who is there, where, as what and in which incarnation.
+States and load change without a new plan; routing looks at both. With an ``Assignment`` roles and routes are its own;
+without one every prefill hands over to every decode replica. Times are seconds of the caller's monotonic clock.
 """
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from hexgen2.address import parse_address
-from hexgen2.errors import ConfigError, InvalidRequest, ReplicaConflict
+from hexgen2.assignment import Assignment, all_routes, routes_among
+from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
+from hexgen2.replica_check import check_replica
 
 #: A lost replica stays listed for so long, so that people see it.
 FORGET_AFTER_S = 60.0
-MAX_ID_CHARS = 64
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*")
+#: Incarnations of one replica that are remembered as replaced.
+MAX_REPLACED = 8
 
 
 class Change(IntEnum):
@@ -31,11 +32,12 @@ class Change(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A replica, its last report and when that came."""
+    """A replica in its assigned role since ``role_epoch``, its last report and when that came."""
 
     replica: Replica
     status: ReplicaStatus
     seen_s: float
+    role_epoch: int = 0
 
     @property
     def lost(self) -> bool:
@@ -43,26 +45,73 @@ class Member:
         return self.status.state is ReplicaState.LOST
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a coordinator must know to go on where another ended: the plan, and each replica's state by id."""
+
+    plan: Plan
+    states: Mapping[str, ReplicaState]
+    role_epochs: Mapping[str, int]
+
+
 class FleetState:
     """See the module. After a change of MEMBERS the caller calls ``replan``.
 
     ``epoch`` is where epochs start: above every epoch of an earlier coordinator, such as wall-clock milliseconds.
-    ``codec`` is that of every route.
+    ``version`` is the software's that every worker must have; empty: any. ``codec`` is that of every route that no
+    assignment gives one.
     """
 
     def __init__(
-        self, epoch: int, lost_after_s: float, forget_after_s: float = FORGET_AFTER_S, codec: str = NONE
+        self,
+        epoch: int,
+        lost_after_s: float,
+        forget_after_s: float = FORGET_AFTER_S,
+        *,
+        assignment: Assignment | None = None,
+        version: str = "",
+        codec: str = NONE,
     ) -> None:
         self.plan = Plan(epoch)
+        self._assignment = assignment
+        self._version = version
         self._lost_after_s = lost_after_s
         self._codec = codec
         self._forget_after_s = max(forget_after_s, lost_after_s)
         self._members: dict[str, Member] = {}
+        # Incarnations that another one of the same id has taken the place of, newest last.
+        self._replaced: dict[str, tuple[str, ...]] = {}
 
     @property
     def statuses(self) -> tuple[ReplicaStatus, ...]:
         """State and load of every replica, in the plan's order."""
         return tuple(self._members[key].status for key in sorted(self._members))
+
+    def member(self, replica_id: str) -> Member | None:
+        """Who has that id, if anybody."""
+        return self._members.get(replica_id)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What ``restore`` takes."""
+        return Snapshot(
+            self.plan,
+            {key: member.status.state for key, member in self._members.items()},
+            {key: member.role_epoch for key, member in self._members.items()},
+        )
+
+    def restore(self, snapshot: Snapshot, now_s: float) -> Change:
+        """Go on from a snapshot: the same epoch, and every replica has until it counts as lost to report again.
+
+        MEMBERS when the assignment is another than that of the snapshot's plan.
+        """
+        self.plan = snapshot.plan
+        for replica in snapshot.plan.replicas:
+            key = replica.replica_id
+            status = ReplicaStatus(key, snapshot.states.get(key, ReplicaState.LOST), Load())
+            self._members[key] = Member(replica, status, now_s, snapshot.role_epochs.get(key, 0))
+        before = self._content(self.plan)
+        return Change.NOTHING if self._content(self._next_plan("")) == before else Change.MEMBERS
 
     def report(self, replica: Replica, state: ReplicaState, load: Load, now_s: float) -> Change:
         """Take a worker's report.
@@ -70,14 +119,24 @@ class FleetState:
         Raises:
             InvalidRequest: a value that no worker should send.
             ReplicaConflict: the id or the address belongs to another replica that is alive.
+            ReplicaMismatch: another model, version or role than the fleet's.
         """
         check_replica(replica, state)
         if state is ReplicaState.LOST:
             raise InvalidRequest("state", "a replica that reports is not lost")
-        self._check_conflict(replica)
         before = self._members.get(replica.replica_id)
+        if state is ReplicaState.STOPPED:
+            return self._leave(replica, before)
+        self._check_conflict(replica)
+        self._check_match(replica)
+        replica = replace(replica, role=self._role(replica, before))
+        if before is not None and before.replica.incarnation != replica.incarnation:
+            replaced = (*self._replaced.get(replica.replica_id, ()), before.replica.incarnation)
+            self._replaced[replica.replica_id] = replaced[-MAX_REPLACED:]
         status = ReplicaStatus(replica.replica_id, state, load)
-        self._members[replica.replica_id] = Member(replica, status, now_s)
+        same_role = before is not None and before.replica.role is replica.role
+        epoch = before.role_epoch if before is not None and same_role else self.plan.epoch + 1
+        self._members[replica.replica_id] = Member(replica, status, now_s, epoch)
         if before is None or before.lost or before.replica != replica:
             return Change.MEMBERS
         if before.status.state is ReplicaState.DRAINING and state is not ReplicaState.DRAINING:
@@ -93,7 +152,7 @@ class FleetState:
         for key, member in list(self._members.items()):
             silent_s = now_s - member.seen_s
             if member.lost and silent_s >= self._forget_after_s:
-                del self._members[key]
+                self._forget(key)
                 change = Change.MEMBERS
             elif not member.lost and silent_s >= self._lost_after_s:
                 status = replace(member.status, state=ReplicaState.LOST, load=Load())
@@ -119,68 +178,117 @@ class FleetState:
 
         Lost replicas stay listed, so that people see them, but have no routes; draining ones get no new routes.
         """
-        members = [self._members[key] for key in sorted(self._members)]
-        before = {(route.prefill_replica_id, route.decode_replica_id) for route in self.plan.routes}
-
-        def joins(p: Member, d: Member) -> bool:
-            if p.lost or d.lost or not _matches(p.replica, d.replica):
-                return False
-            draining = ReplicaState.DRAINING in (p.status.state, d.status.state)
-            return not draining or (p.replica.replica_id, d.replica.replica_id) in before
-
-        prefills = [m for m in members if m.replica.role is Role.PREFILL]
-        decodes = [m for m in members if m.replica.role is Role.DECODE]
-        routes = tuple(
-            Route(p.replica.replica_id, d.replica.replica_id, 1.0, self._codec)
-            for p in prefills
-            for d in decodes
-            if joins(p, d)
-        )
-        self.plan = Plan(self.plan.epoch + 1, tuple(m.replica for m in members), routes, traceparent)
+        self.plan = self._next_plan(traceparent)
         return self.plan
+
+    def assign(self, assignment: Assignment | None) -> None:
+        """Follow another assignment from the next ``replan`` on, which is due; flexible replicas change their roles."""
+        self._assignment = assignment
+        for key, member in self._members.items():
+            role = self._role(member.replica, member)
+            if role is not member.replica.role:
+                replica = replace(member.replica, role=role)
+                self._members[key] = replace(member, replica=replica, role_epoch=self.plan.epoch + 1)
+
+    def _next_plan(self, traceparent: str) -> Plan:
+        members = [self._members[key] for key in sorted(self._members)]
+        alive = [member.replica for member in members if not member.lost]
+        assignment = self._assignment
+        found = (
+            all_routes(alive, _matches, self._codec)
+            if assignment is None
+            else routes_among(assignment, alive, _matches, self._codec)
+        )
+        before = {(route.prefill_replica_id, route.decode_replica_id) for route in self.plan.routes}
+        draining = {m.replica.replica_id for m in members if m.status.state is ReplicaState.DRAINING}
+
+        def stays(route: Route) -> bool:
+            ends = (route.prefill_replica_id, route.decode_replica_id)
+            return ends in before or draining.isdisjoint(ends)
+
+        return Plan(
+            self.plan.epoch + 1,
+            tuple(member.replica for member in members),
+            tuple(filter(stays, found)),
+            traceparent,
+            assignment.colocate_max_prompt_tokens if assignment else 0,
+            assignment.prediction if assignment else None,
+        )
+
+    @staticmethod
+    def _content(plan: Plan) -> Plan:
+        return replace(plan, epoch=0, traceparent="")
+
+    def _role(self, replica: Replica, before: Member | None) -> Role:
+        """The assignment's, where there is one; else a flexible replica keeps the role that it has."""
+        role = self._assignment.roles.get(replica.replica_id) if self._assignment else None
+        if not replica.flexible:
+            if role is not None and role is not replica.role and not _stands_in(replica.role, role):
+                raise ReplicaMismatch(
+                    f"replica {replica.replica_id!r} can only do {replica.role}, and the plan has it {role}: start it "
+                    f"with role: {'flexible' if role is Role.COLOCATED else role}, or with another replica_id"
+                )
+            return role or replica.role
+        if role is not None:
+            return role
+        return before.replica.role if before is not None and before.replica.flexible else replica.role
+
+    def _leave(self, replica: Replica, before: Member | None) -> Change:
+        # Whoever took its place stays.
+        if before is None or before.replica.incarnation != replica.incarnation:
+            return Change.NOTHING
+        self._forget(replica.replica_id)
+        return Change.MEMBERS
+
+    def _forget(self, replica_id: str) -> None:
+        del self._members[replica_id]
+        self._replaced.pop(replica_id, None)
 
     def _check_conflict(self, replica: Replica) -> None:
         for member in self._members.values():
             other = member.replica
             same_id, same_address = other.replica_id == replica.replica_id, other.address == replica.address
-            if member.lost or same_id == same_address:
+            if member.lost or not (same_id or same_address):
                 continue
-            if same_id:
+            if same_id and same_address:
+                if replica.incarnation in self._replaced.get(replica.replica_id, ()):
+                    raise ReplicaConflict(
+                        f"replica {replica.replica_id!r} at {other.address} was started anew since this process began, "
+                        f"and both report: stop one of them, or give each its own replica_id and address"
+                    )
+            elif same_id:
                 raise ReplicaConflict(
                     f"replica {replica.replica_id!r} is alive at {other.address}, and now also reports from "
                     f"{replica.address}: give each worker its own replica_id"
                 )
-            raise ReplicaConflict(
-                f"{replica.address} is the address of replica {other.replica_id!r}, which is alive, and now also of "
-                f"{replica.replica_id!r}: give each worker its own address"
+            else:
+                raise ReplicaConflict(
+                    f"{replica.address} is the address of replica {other.replica_id!r}, which is alive, and now also "
+                    f"of {replica.replica_id!r}: give each worker its own address"
+                )
+
+    def _check_match(self, replica: Replica) -> None:
+        name = replica.replica_id
+        if self._version and replica.version != self._version:
+            raise ReplicaMismatch(
+                f"replica {name!r} runs hexgen2 {replica.version or 'of an unknown version'}, this coordinator "
+                f"{self._version}: install the same version on every machine"
             )
+        for member in self._members.values():
+            other = member.replica
+            if member.lost or other.replica_id == name or not (other.model_sha256 and replica.model_sha256):
+                continue
+            if other.model_sha256 != replica.model_sha256:
+                raise ReplicaMismatch(
+                    f"replica {name!r} serves {replica.model} ({replica.model_sha256.hex()[:12]}), this fleet serves "
+                    f"{other.model} ({other.model_sha256.hex()[:12]}, {other.replica_id!r}): start it with the same "
+                    f"model folder and dtype, or stop the others first"
+                )
 
 
-def check_replica(replica: Replica, state: ReplicaState) -> None:
-    """Raise InvalidRequest for a replica that nobody could dial or name, or that is READY without a model."""
-    if not _ID.fullmatch(replica.replica_id) or len(replica.replica_id) > MAX_ID_CHARS:
-        raise InvalidRequest(
-            "replica.replica_id",
-            f"{replica.replica_id[:80]!r} is not 1 to {MAX_ID_CHARS} letters, digits or any of . _ : -",
-        )
-    try:
-        host, port = parse_address(replica.address, what="replica.address")
-    except ConfigError as error:
-        field, _, message = str(error).partition(": ")
-        raise InvalidRequest(field, message) from None
-    if not port:
-        raise InvalidRequest("replica.address", f"{replica.address!r} has no port")
-    if host in ("0.0.0.0", "::"):
-        raise InvalidRequest(
-            "replica.address", f"{replica.address!r} is where it listens, not where others dial: set advertise"
-        )
-    if not replica.incarnation:
-        raise InvalidRequest("replica.incarnation", "is empty")
-    # A worker that starts does not know its model yet.
-    if state is ReplicaState.READY and not replica.model_sha256:
-        raise InvalidRequest("replica.model_sha256", "is empty")
-    if state is ReplicaState.READY and replica.max_model_len < 1:
-        raise InvalidRequest("replica.max_model_len", "0 is less than 1")
+def _stands_in(able: Role, planned: Role) -> bool:
+    """A decode worker serves whole requests as well as one that is planned for them."""
+    return able is Role.DECODE and planned is Role.COLOCATED
 
 
 def _matches(prefill: Replica, decode: Replica) -> bool:

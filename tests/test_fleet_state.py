@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hexgen2.errors import InvalidRequest, ReplicaConflict
+from hexgen2.assignment import Assignment
+from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
 from hexgen2.fleet_state import Change, FleetState
-from hexgen2.plan import Load, Replica, ReplicaState, Role, Route
+from hexgen2.plan import Load, Prediction, Replica, ReplicaState, Role, Route
+from hexgen2.routing import route_key
 
-READY, DRAINING, STARTING, LOST = (
+READY, DRAINING, STARTING, LOST, STOPPED = (
     ReplicaState.READY,
     ReplicaState.DRAINING,
     ReplicaState.STARTING,
     ReplicaState.LOST,
+    ReplicaState.STOPPED,
 )
 IDLE = Load()
 
@@ -59,9 +63,8 @@ def test_every_route_has_the_codec_of_the_fleet() -> None:
     assert {route.codec for route in state.replan().routes} == {"int8"}
 
 
-def test_replicas_of_another_model_or_transport_are_not_joined() -> None:
+def test_replicas_of_another_transport_are_not_joined() -> None:
     state = fleet("p1", "d1")
-    state.report(replica("d2", model_sha256=b"x" * 32), READY, IDLE, 0.0)
     state.report(replica("d3", transport="tcp"), READY, IDLE, 0.0)
     state.report(replica("d4", transport="ucx (shm)"), READY, IDLE, 0.0)
     state.replan("00-aa-bb-01")
@@ -175,6 +178,127 @@ def test_a_worker_that_starts_is_listed_and_joined_once_it_knows_its_model() -> 
     assert pairs(state) == {("p1", "d1")}
 
 
+def test_a_worker_of_another_model_is_refused_with_what_differs_until_the_others_are_gone() -> None:
+    state = fleet("p1")
+    other = replica("d1", model="n", model_sha256=b"x" * 32)
+    told = r"'d1' serves n \(787878787878\), this fleet serves m \(6d6d6d6d6d6d, 'p1'\): start it with the same"
+    with pytest.raises(ReplicaMismatch, match=told):
+        state.report(other, READY, IDLE, 1.0)
+    assert [status.replica_id for status in state.statuses] == ["p1"]
+    state.expire(5.0)
+    assert state.report(other, READY, IDLE, 5.0) is Change.MEMBERS
+
+
+def test_a_worker_of_another_version_is_refused_with_both() -> None:
+    state = FleetState(1, 5.0, version="2.0")
+    with pytest.raises(ReplicaMismatch, match=r"'p1' runs hexgen2 1\.9, this coordinator 2\.0: install the same"):
+        state.report(replica("p1", version="1.9"), STARTING, IDLE, 0.0)
+    with pytest.raises(ReplicaMismatch, match="of an unknown version"):
+        state.report(replica("p1"), STARTING, IDLE, 0.0)
+    assert state.report(replica("p1", version="2.0"), STARTING, IDLE, 0.0) is Change.MEMBERS
+
+
+def test_two_processes_with_one_id_and_address_are_told_apart_by_incarnation() -> None:
+    state = fleet("p1")
+    second = replica("p1", incarnation="second")
+    assert state.report(second, READY, IDLE, 1.0) is Change.MEMBERS
+    with pytest.raises(ReplicaConflict, match="was started anew since this process began, and both report: stop one"):
+        state.report(replica("p1"), READY, IDLE, 2.0)
+    assert state.replan().replicas == (second,)
+
+
+def test_a_worker_that_stops_leaves_at_once_and_only_by_its_own_word() -> None:
+    state = fleet("p1", "d1")
+    assert state.report(replica("d1", incarnation="before"), STOPPED, IDLE, 1.0) is Change.NOTHING
+    assert state.report(replica("d9"), STOPPED, IDLE, 1.0) is Change.NOTHING
+    assert state.report(replica("d1"), STOPPED, IDLE, 1.0) is Change.MEMBERS
+    assert [each.replica_id for each in state.replan().replicas] == ["p1"]
+    assert state.plan.routes == ()
+
+
+# With a plan
+
+
+def assignment(colocate: int = 0, **roles: Role) -> Assignment:
+    prefills = [key for key, role in roles.items() if role is Role.PREFILL]
+    decodes = [key for key, role in roles.items() if role is Role.DECODE]
+    wholes = [Route(key, key, 5.0) for key, role in roles.items() if role is Role.COLOCATED]
+    routes = [Route(p, d, 1.0 + n, "int8") for n, (p, d) in enumerate(zip(prefills, decodes, strict=True))]
+    return Assignment(
+        MappingProxyType(roles),
+        (*routes, *wholes),
+        Prediction(9.0, 90.0, 4.0, 0.5, 0.05),
+        colocate,
+        MappingProxyType(dict.fromkeys(roles, 6.0)),
+    )
+
+
+P, D, C = Role.PREFILL, Role.DECODE, Role.COLOCATED
+
+
+def planned(given: Assignment, *members: Replica) -> FleetState:
+    state = FleetState(100, 5.0, assignment=given)
+    for each in members:
+        state.report(each, READY, IDLE, 0.0)
+    state.replan()
+    return state
+
+
+def test_a_plan_gives_flexible_replicas_their_roles_and_routes_their_flow_and_codec() -> None:
+    given = assignment(64, w1=P, w2=D, w3=C)
+    state = planned(given, *(replica(key, flexible=True, role=C) for key in ("w1", "w2", "w3")))
+    assert [(each.replica_id, each.role) for each in state.plan.replicas] == [("w1", P), ("w2", D), ("w3", C)]
+    assert state.plan.routes == (Route("w1", "w2", 1.0, "int8"), Route("w3", "w3", 5.0))
+    assert (state.plan.colocate_max_prompt_tokens, state.plan.prediction) == (64, given.prediction)
+    # What it reports of its role is what it heard last; the plan decides.
+    assert state.report(replica("w1", flexible=True, role=D), READY, IDLE, 1.0) is Change.NOTHING
+
+
+def test_a_replica_that_is_not_flexible_must_have_the_plans_role() -> None:
+    state = planned(assignment(p1=D, p2=P))
+    with pytest.raises(ReplicaMismatch, match="'p1' can only do prefill, and the plan has it decode: start it with"):
+        state.report(replica("p1"), STARTING, IDLE, 0.0)
+    state = planned(assignment(d1=C))
+    assert state.report(replica("d1"), READY, IDLE, 0.0) is Change.MEMBERS
+    assert state.replan().routes == (Route("d1", "d1", 5.0),)
+
+
+def test_a_prefill_replica_whose_decode_is_lost_goes_to_the_others() -> None:
+    state = planned(assignment(p1=P, p2=P, d1=D, d2=D), *map(replica, ("p1", "p2", "d1", "d2")))
+    assert state.plan.routes == (Route("p1", "d1", 1.0, "int8"), Route("p2", "d2", 2.0, "int8"))
+    state.report(replica("d1"), STOPPED, IDLE, 1.0)
+    assert state.replan().routes == (Route("p2", "d2", 2.0, "int8"), Route("p1", "d2", 6.0))
+
+
+def test_another_plan_changes_roles_in_the_next_epoch_and_says_since_when() -> None:
+    members = [replica(key, flexible=True, role=C) for key in ("w1", "w2", "w3", "w4")]
+    state = planned(assignment(w1=P, w2=D, w3=P, w4=D), *members)
+    before = state.plan
+    state.assign(assignment(w1=P, w2=D, w3=D, w4=P))
+    after = state.replan()
+    assert after.epoch == before.epoch + 1
+    assert {route_key(route) for route in after.routes} == {("w1", "w2"), ("w4", "w3")}
+    since = {key: member.role_epoch for key in ("w1", "w3") if (member := state.member(key))}
+    assert since["w1"] <= before.epoch < since["w3"] == after.epoch
+
+
+def test_a_restart_goes_on_with_the_same_epoch_and_waits_for_everybody_anew() -> None:
+    given = assignment(w1=P, w2=D)
+    members = [replica(key, flexible=True, role=C) for key in ("w1", "w2")]
+    state = planned(given, *members)
+    state.report(members[1], DRAINING, IDLE, 1.0)
+    again = FleetState(1, 5.0, assignment=given)
+    assert again.restore(state.snapshot, 1000.0) is Change.NOTHING
+    assert (again.plan, states(again)) == (state.plan, {"w1": READY, "w2": DRAINING})
+    assert again.report(members[0], READY, IDLE, 1001.0) is Change.NOTHING
+    assert again.expire(1004.9) is Change.NOTHING
+    assert again.expire(1005.0) is Change.MEMBERS
+    other = FleetState(1, 5.0, assignment=assignment(w1=D, w2=P))
+    other.restore(state.snapshot, 1000.0)
+    other.report(members[0], READY, IDLE, 1001.0)
+    assert other.replan().epoch == state.plan.epoch + 1
+
+
 def test_a_replica_does_not_report_itself_lost() -> None:
     with pytest.raises(InvalidRequest, match=r"^state: "):
         fleet().report(replica("p1"), LOST, IDLE, 0.0)
@@ -191,6 +315,7 @@ class Life(RuleBasedStateMachine):
         self.state = FleetState(0, lost_after_s=5)
         self.now_s = 0.0
         self.alive_since: dict[str, float] = {}
+        self.incarnations: dict[str, str] = {}
 
     def follow(self, change: Change) -> None:
         before = self.state.plan
@@ -199,8 +324,23 @@ class Life(RuleBasedStateMachine):
 
     @rule(key=ids, state=st.sampled_from([STARTING, READY, DRAINING]), incarnation=st.sampled_from("ab"))
     def report(self, key: str, state: ReplicaState, incarnation: str) -> None:
-        self.follow(self.state.report(replica(key, incarnation=incarnation), state, IDLE, self.now_s))
+        try:
+            change = self.state.report(replica(key, incarnation=incarnation), state, IDLE, self.now_s)
+        except ReplicaConflict:
+            # The one that was replaced.
+            assert self.incarnations[key] != incarnation
+            return
+        self.follow(change)
         self.alive_since[key] = self.now_s
+        self.incarnations[key] = incarnation
+
+    @rule(key=ids, incarnation=st.sampled_from("ab"))
+    def stop(self, key: str, incarnation: str) -> None:
+        change = self.state.report(replica(key, incarnation=incarnation), STOPPED, IDLE, self.now_s)
+        self.follow(change)
+        member = self.state.member(key)
+        assert (change is Change.MEMBERS) <= (member is None)
+        assert member is None or self.incarnations[key] != incarnation
 
     @rule(seconds=st.floats(0.1, 80.0))
     def wait(self, seconds: float) -> None:

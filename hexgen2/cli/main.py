@@ -209,6 +209,7 @@ main.add_command(_service("gateway", GatewayConfig))
 main.add_command(_service("coordinator", CoordinatorConfig))
 main.add_command(_service("prefill", WorkerConfig))
 main.add_command(_service("decode", WorkerConfig))
+main.add_command(_service("flexible", WorkerConfig))
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,9 @@ from hexgen2.engine.base import EngineRequest, Sampling
 from hexgen2.errors import InvalidRequest
 from hexgen2.kv.choose import transport_name
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "flexible"]
+
+_KV_ROLES = {"prefill": "kv_producer", "decode": "kv_consumer", "flexible": "kv_both"}
 
 CPU_KV_CACHE_BYTES = GIB
 #: A step cannot be interrupted: on a CPU larger ones would make others wait for seconds.
@@ -46,21 +48,21 @@ def engine_args(config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket
         "kv_cache_memory_bytes": config.kv_cache_bytes,
         "enable_chunked_prefill": True,
         # Decode takes all of a prompt's KV from prefill: a cache of its own would only hold it twice.
-        "enable_prefix_caching": role == "prefill",
+        "enable_prefix_caching": role != "decode",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "kv_transfer_config": {
             "kv_connector": "HexgenConnector",
             "kv_connector_module_path": "hexgen2.engine.vllm_connector",
-            "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
+            "kv_role": _KV_ROLES[role],
             "kv_load_failure_policy": "fail",
             "kv_connector_extra_config": {
                 "agent_socket": str(agent_socket),
                 "transport": transport_name(kv),
                 "host": kv.host,
-                "send_bytes": kv.send_bytes if role == "prefill" else 0,
-                "staging_bytes": kv.staging_bytes if role == "decode" else 0,
-                "landing_bytes": kv.landing_bytes if role == "decode" else 0,
+                "send_bytes": kv.send_bytes if role != "decode" else 0,
+                "staging_bytes": kv.staging_bytes if role != "prefill" else 0,
+                "landing_bytes": kv.landing_bytes if role != "prefill" else 0,
             },
         },
     }
@@ -112,6 +114,8 @@ def sampling_params(request: EngineRequest) -> Any:
             repetition_penalty=sampling.repetition_penalty,
             structured_outputs=_structured(StructuredOutputsParams, sampling.json_schema),
             detokenize=False,
+            # All of its KV comes with the transfer, which is loaded as a whole.
+            skip_reading_prefix_cache=True if request.load_transfer else None,
             output_kind=RequestOutputKind.DELTA,
             extra_args={"kv_transfer_params": transfer} if transfer else None,
         )

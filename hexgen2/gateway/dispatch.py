@@ -4,9 +4,10 @@ The coordinator takes seconds to find that a replica is lost (or may be away its
 failed is passed over where there is another.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -32,6 +33,9 @@ class PlanSource(Protocol):
     @property
     def statuses(self) -> Mapping[str, ReplicaStatus]:
         """States by replica id."""
+
+    async def wait_changed(self) -> None:
+        """Return at the next change of either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,13 @@ class Dispatch:
     def plan(self) -> Plan:
         """The plan in force."""
         return self._plans.plan
+
+    async def newer_plan(self, epoch: int, timeout_s: float) -> None:
+        """Return once the plan is newer than ``epoch``, or after ``timeout_s``."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.plan.epoch <= epoch:
+                    await self._plans.wait_changed()
 
     def usable(self) -> bool:
         """Whether a request could be served now."""

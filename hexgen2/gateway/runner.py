@@ -10,7 +10,7 @@ import structlog
 from opentelemetry import trace
 
 from hexgen2.engine.base import FinishReason, SampledToken
-from hexgen2.errors import HexgenError
+from hexgen2.errors import HexgenError, StaleEpoch
 from hexgen2.gateway.calls import Call, Calls
 from hexgen2.gateway.dispatch import Dispatch, Targets
 from hexgen2.gateway.job import Job
@@ -36,6 +36,9 @@ from hexgen2.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grp
 #: Gives tokens to the client; returns whether the answer is complete.
 Give = Callable[[tuple[SampledToken, ...], FinishReason | None], Awaitable[bool]]
 
+#: How long a request that a worker has refused for its old plan waits for a newer one.
+NEWER_PLAN_S = 1.0
+
 log = structlog.get_logger(__name__)
 
 
@@ -60,6 +63,9 @@ async def follow(job: Job, dispatch: Dispatch, peers: Peers, give: Give, deadlin
         log.warning("attempt_failed", attempt=number, way=targets.way, reason=str(failure.error))
         error = failure.error
         if number == 1:
+            if isinstance(error, StaleEpoch):
+                # The worker heard of the new plan before we did.
+                await dispatch.newer_plan(targets.plan_epoch, min(NEWER_PLAN_S, max(0.0, deadline - monotonic())))
             targets = dispatch.again(job.sampling, targets, failure)
     raise for_client(error)
 

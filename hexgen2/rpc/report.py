@@ -5,7 +5,9 @@ that the held plan has is taken over only once it has been so for ``SETTLE_S`` o
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import grpc
 import structlog
@@ -30,9 +32,10 @@ log = structlog.get_logger(__name__)
 
 
 class Reporter:
-    """Reports a replica once a second, and at once when its ``state`` changes. ``run`` until cancelled.
+    """Reports a replica once a second, and at once when its ``state`` changes. ``run`` until STOPPED or cancelled.
 
-    ``replica`` may be replaced (a worker learns its model while it starts). ``load`` is called for each report.
+    ``replica`` may be replaced (a worker learns its model while it starts). ``load`` is called for each report, and
+    ``on_role`` with each new role that the plan gives a flexible replica and the first epoch of that role.
     """
 
     def __init__(
@@ -42,8 +45,12 @@ class Reporter:
         load: Callable[[], Load],
         interval_s: float = REPORT_INTERVAL_S,
         tls: TlsFiles | None = None,
+        on_role: Callable[[Role, int], None] = lambda role, epoch: None,
     ) -> None:
         self.replica = replica
+        #: Why it stopped.
+        self.reason = ""
+        self._on_role = on_role
         self._address = coordinator_address
         self._tls = tls
         self._load = load
@@ -63,26 +70,41 @@ class Reporter:
         self._changed.set()
 
     async def run(self) -> None:
-        """Report until cancelled."""
+        """Report until cancelled, or until a last report that says STOPPED has been tried."""
         async with channel(self._address, self._tls) as peer:
             stub = coordinator_pb2_grpc.CoordinatorStub(peer)
             while True:
                 self._changed.clear()
+                last = self._state is ReplicaState.STOPPED
                 request = pb.ReportRequest(
                     replica=convert.replica_to_proto(self.replica),
                     state=convert.state_to_proto(self._state),
                     load=convert.load_to_proto(self._load()),
+                    reason=self.reason,
+                    unix_time_s=time.time(),
                 )
                 try:
                     response = await stub.Report(request, timeout=REPORT_TIMEOUT_S)
                     self._note(None, response.plan_epoch)
+                    self._take_role(response)
                 except grpc.aio.AioRpcError as error:
                     self._note(_reason(to_error(error)))
+                if last:
+                    return
                 try:
                     async with asyncio.timeout(self._interval_s):
                         await self._changed.wait()
                 except TimeoutError:
                     pass
+
+    def _take_role(self, response: pb.ReportResponse) -> None:
+        if not self.replica.flexible or not response.role:
+            return
+        role = convert.role_from_proto(response.role)
+        if role is not self.replica.role:
+            log.info("role", role=role.value, before=self.replica.role.value, plan_epoch=response.plan_epoch)
+            self.replica = replace(self.replica, role=role)
+            self._on_role(role, response.role_epoch)
 
     def _note(self, trouble: str | None, plan_epoch: int = 0) -> None:
         if _kind(trouble) == _kind(self._trouble):

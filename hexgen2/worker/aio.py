@@ -7,7 +7,7 @@ from math import inf
 from typing import TypeVar
 
 from hexgen2 import metrics
-from hexgen2.errors import DeadlineExceeded, Unavailable
+from hexgen2.errors import DeadlineExceeded, StaleEpoch, Unavailable
 from hexgen2.kv.pool import Grant, PagePool
 
 T = TypeVar("T")
@@ -157,9 +157,13 @@ class PageQueue:
 
 
 class Gate:
-    """Counts the calls inside; closed, it lets none in and tells when the last has left. Made closed."""
+    """Counts the calls inside; closed, it lets none in and tells when the last has left. Made closed.
+
+    Calls that were routed by a plan before ``role_epoch`` took this replica for another role: they are refused.
+    """
 
     def __init__(self) -> None:
+        self.role_epoch = 0
         self._inside = 0
         self._refusal = "this replica is starting; try another or later"
         self._empty = asyncio.Event()
@@ -171,14 +175,19 @@ class Gate:
         return self._inside
 
     @asynccontextmanager
-    async def enter(self) -> AsyncIterator[None]:
-        """For the length of a call.
+    async def enter(self, plan_epoch: int = 0) -> AsyncIterator[None]:
+        """For the length of a call that was routed by the plan of ``plan_epoch``; 0: by none.
 
         Raises:
             Unavailable: the process is starting or stopping.
+            StaleEpoch: the replica has had another role since that plan.
         """
         if self._refusal:
             raise Unavailable(self._refusal)
+        if 0 < plan_epoch < self.role_epoch:
+            raise StaleEpoch(
+                f"routed by plan {plan_epoch}, but this replica has had another role since plan {self.role_epoch}"
+            )
         self._inside += 1
         self._empty.clear()
         try:

@@ -1,4 +1,4 @@
-"""The life of a worker process: bind, load the engine, register, serve, drain, free. The same for both roles."""
+"""The life of a worker process: bind, load the engine, register, serve, drain, leave, free. The same for every role."""
 
 import asyncio
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+import hexgen2
 from hexgen2 import metrics, telemetry
 from hexgen2.address import parse_address
 from hexgen2.config import EmulatedEngineConfig, WorkerConfig
@@ -21,7 +22,7 @@ from hexgen2.errors import EngineFailed
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.plan import Load, Replica, ReplicaState, Role
-from hexgen2.rpc.report import Reporter
+from hexgen2.rpc.report import REPORT_TIMEOUT_S, Reporter
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.tls import TlsFiles
 from hexgen2.worker.aio import Gate, PageQueue, owned
@@ -34,11 +35,51 @@ AGENTS_TIMEOUT_S = 30.0
 HEALTH_INTERVAL_S = 1.0
 
 
+class Pools:
+    """Send buffers and staging, each one pool for all ranks: page numbers are the same on each, so the rank with the
+    fewest pages bounds it.
+    """
+
+    def __init__(self, config: WorkerConfig, ranks: Ranks) -> None:
+        hellos, page_bytes = ranks.hellos, sum(hello.page_bytes for hello in ranks.hellos)
+        self._queues: dict[str, PageQueue] = {}
+        for name, num_pages in (
+            ("send", min(hello.send_pages for hello in hellos)),
+            ("staging", min(hello.staging_pages for hello in hellos)),
+        ):
+            if num_pages:
+                self._queues[name] = PageQueue(PagePool(name, num_pages, config.kv.max_queued), page_bytes)
+
+    @property
+    def send(self) -> PageQueue:
+        """Of a worker that prefills."""
+        return self._queues["send"]
+
+    @property
+    def staging(self) -> PageQueue:
+        """Of a worker that decodes."""
+        return self._queues["staging"]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line, in all."""
+        return sum(queue.num_waiting for queue in self._queues.values())
+
+    @property
+    def bytes_total(self) -> int:
+        """Of all."""
+        return sum(queue.bytes_total for queue in self._queues.values())
+
+    def of(self, role: Role) -> PageQueue:
+        """The one that bounds a role."""
+        return self.send if role is Role.PREFILL else self.staging
+
+
 async def run_worker(
     config: WorkerConfig,
     gate: Gate,
     register: Callable[[GrpcServer], None],
-    attach: Callable[[Engine, Ranks, PageQueue], Awaitable[None]],
+    attach: Callable[[Engine, Ranks, "Pools"], Awaitable[None]],
     tls: TlsFiles | None = None,
 ) -> None:
     """Serve until a signal.
@@ -62,32 +103,36 @@ async def run_worker(
         stack.push_async_callback(ranks.stop)
         stack.push_async_callback(engine.stop)
         stack.callback(ranks.expect_end)
-        memory: PageQueue | None = None
+        pools: Pools | None = None
 
         def load() -> Load:
             running, waiting = engine.num_requests()
-            if memory is not None:
-                waiting += memory.num_waiting
+            if pools is not None:
+                waiting += pools.num_waiting
             metrics.NUM_REQUESTS_RUNNING.set(running)
             metrics.NUM_REQUESTS_WAITING.set(waiting)
-            if memory is None:
+            if pools is None:
                 return Load(running, waiting)
+            memory = pools.of(reporter.replica.role)
             return Load(running, waiting, memory.bytes_used, memory.bytes_total)
 
+        def take_role(role: Role, epoch: int) -> None:
+            gate.role_epoch = epoch
+
         replica = replace(_replica(config, address), metrics_address=metrics_address)
-        reporter = Reporter(config.coordinator, replica, load, tls=tls)
-        await stack.enter_async_context(owned(reporter.run()))
+        reporter = Reporter(config.coordinator, replica, load, tls=tls, on_role=take_role)
+        reporting = await stack.enter_async_context(owned(reporter.run()))
 
         async def start() -> None:
-            nonlocal memory
+            nonlocal pools
             await engine.start()
             await ranks.wait_complete(AGENTS_TIMEOUT_S)
             hello = ranks.hellos[0]
             metrics.KV_TRANSPORT_INFO.labels(hello.transport, hello.transport_detail).set(1)
-            memory = _memory(config, ranks)
-            await attach(engine, ranks, memory)
+            pools = Pools(config, ranks)
+            await attach(engine, ranks, pools)
             reporter.replica = replace(
-                replica,
+                reporter.replica,
                 model=engine.model.name,
                 model_sha256=engine.model.sha256,
                 max_model_len=engine.max_model_len,
@@ -104,7 +149,7 @@ async def run_worker(
                 dtype=engine.model.dtype,
                 ranks=num_ranks,
                 transport=hello.transport_detail,
-                kv_pool_bytes=memory.bytes_total,
+                kv_pool_bytes=pools.bytes_total,
             )
 
         async def watch() -> None:
@@ -123,6 +168,10 @@ async def run_worker(
 
         await run_until_signal(start, drain)
         gate.close()
+        # Whoever routes hears that nothing is lost; a coordinator that is away finds out by itself.
+        reporter.reason = failed or "it was stopped"
+        reporter.state = ReplicaState.STOPPED
+        await asyncio.wait((reporting,), timeout=REPORT_TIMEOUT_S)
     log.info("stopped")
     if failed:
         raise EngineFailed(failed)
@@ -145,7 +194,10 @@ def _replica(config: WorkerConfig, address: str) -> Replica:
     _, port = parse_address(address)
     return Replica(
         replica_id=config.replica_id or f"{config.role}-{port}",
-        role=Role(config.role),
+        # A flexible one serves whole requests until the plan says what else.
+        role=Role.COLOCATED if config.role == "flexible" else Role(config.role),
+        flexible=config.role == "flexible",
+        version=hexgen2.__version__,
         address=config.advertise or address,
         model=engine.name if isinstance(engine, EmulatedEngineConfig) else engine.model.name,
         model_sha256=b"",
@@ -153,11 +205,3 @@ def _replica(config: WorkerConfig, address: str) -> Replica:
         max_model_len=0,
         transport="",
     )
-
-
-def _memory(config: WorkerConfig, ranks: Ranks) -> PageQueue:
-    """One pool for all ranks: page numbers are the same on each, so the rank with the fewest pages bounds it."""
-    sending = config.role == "prefill"
-    num_pages = min(h.send_pages if sending else h.staging_pages for h in ranks.hellos)
-    name = "send" if sending else "staging"
-    return PageQueue(PagePool(name, num_pages, config.kv.max_queued), sum(h.page_bytes for h in ranks.hellos))

@@ -3,17 +3,23 @@
 import asyncio
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import structlog
 
+import hexgen2
 from hexgen2 import metrics, telemetry
+from hexgen2.address import check_free, parse_address
+from hexgen2.assignment import assignment_of
 from hexgen2.cli.options import run_service
-from hexgen2.config import CoordinatorConfig
-from hexgen2.fleet_state import FleetState
+from hexgen2.config import CoordinatorConfig, home
+from hexgen2.fleet_state import Change, FleetState
+from hexgen2.fleet_store import FleetStore
+from hexgen2.placement import load_placement
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.tls import load_tls
 from hexgen2.v1 import coordinator_pb2_grpc
-from services.coordinator.service import SERVICE, UNTRACED, CoordinatorService
+from services.coordinator.service import SERVICE, UNTRACED, CoordinatorService, not_kept
 
 log = structlog.get_logger(__name__)
 
@@ -22,14 +28,32 @@ async def serve(config: CoordinatorConfig) -> None:
     """Serve until a signal.
 
     Raises:
-        ConfigError: an address cannot be bound.
+        ConfigError: an address cannot be bound, the plan or the state's file cannot be used.
     """
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.setup("coordinator"))
         metrics_address = stack.enter_context(metrics.metrics_served(config.metrics_listen))
-        # Milliseconds: a new coordinator's epochs are above those of the one before it.
-        state = FleetState(time.time_ns() // 1_000_000, config.lost_after_s, codec=config.codec)
-        service = CoordinatorService(state, time.monotonic)
+        assignment = assignment_of(load_placement(config.plan)) if config.plan else None
+        # Milliseconds: where the file of the coordinator before is gone, epochs are above its.
+        state = FleetState(
+            time.time_ns() // 1_000_000,
+            config.lost_after_s,
+            assignment=assignment,
+            version=hexgen2.__version__,
+            codec=config.codec,
+        )
+        # Before the file: who starts a second one should hear of the port, not of the file's lock.
+        check_free(config.listen)
+        save = not_kept
+        if (path := state_file(config)) is not None:
+            store = await stack.enter_async_context(FleetStore(path))
+            save = store.save
+            snapshot = await store.load()
+            if snapshot is not None and state.restore(snapshot, time.monotonic()) is Change.MEMBERS:
+                state.replan()
+            await save(state.snapshot)
+            log.info("state", file=str(path), restored=snapshot is not None, replicas=len(state.plan.replicas))
+        service = CoordinatorService(state, time.monotonic, save=save, max_clock_skew_s=config.max_clock_skew_s)
         server = GrpcServer(config.listen, untraced=UNTRACED, tls=load_tls(config.tls))
         server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)
 
@@ -51,6 +75,14 @@ async def serve(config: CoordinatorConfig) -> None:
             await run_until_signal(start, drain)
             expiry.cancel()
     log.info("stopped")
+
+
+def state_file(config: CoordinatorConfig) -> Path | None:
+    """As configured, or by the address, which a coordinator keeps over restarts; none where the port is any."""
+    if config.state_file is not None:
+        return config.state_file
+    host, port = parse_address(config.listen, what="listen")
+    return home() / "coordinator" / f"{host.replace(':', '_')}-{port}.db" if port else None
 
 
 def main() -> None:

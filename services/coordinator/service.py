@@ -1,14 +1,15 @@
 """Takes workers' reports and pushes the plan to gateways. What follows from a report is ``hexgen2.fleet_state``'s."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import structlog
 from opentelemetry import trace
 
-from hexgen2.errors import InvalidRequest, ReplicaConflict, Unavailable
-from hexgen2.fleet_state import Change, FleetState
+from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch, Unavailable
+from hexgen2.fleet_state import Change, FleetState, Snapshot
 from hexgen2.gateway_loads import GatewayLoads
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc import plan_convert as convert
@@ -27,7 +28,13 @@ SERVICE = "hexgen2.v1.Coordinator"
 #: One span a second and worker, and one that never ends: neither tells anything.
 UNTRACED = frozenset({f"/{SERVICE}/Report", f"/{SERVICE}/WatchPlan"})
 
+Save = Callable[[Snapshot], Awaitable[None]]
+
 log = structlog.get_logger(__name__)
+
+
+async def not_kept(snapshot: Snapshot) -> None:
+    """For a coordinator without a file."""
 
 
 class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
@@ -38,9 +45,18 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         state: FleetState,
         clock: Callable[[], float],
         load_interval_s: float = LOAD_INTERVAL_S,
+        *,
+        save: Save = not_kept,
+        wall_clock: Callable[[], float] = time.time,
+        max_clock_skew_s: float = 30.0,
     ) -> None:
         self._state = state
+        # What watchers see: a plan is announced once it is kept, so that its epoch never means two things.
+        self._plan = state.plan
+        self._save = save
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._max_clock_skew_s = max_clock_skew_s
         self._load_interval_s = load_interval_s
         self._closed = False
         # How often states or members (0) and loads (1) have changed, and what wakes those who wait for it.
@@ -54,33 +70,42 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         replica = convert.replica_from_proto(request.replica)
         state = convert.state_from_proto(request.state)
         try:
+            self._check_clock(replica.replica_id, request.unix_time_s)
             change = self._state.report(replica, state, convert.load_from_proto(request.load), self._clock())
-        except (InvalidRequest, ReplicaConflict) as error:
+        except (InvalidRequest, ReplicaConflict, ReplicaMismatch) as error:
             self._log_refusal(replica.replica_id, context.peer(), str(error))
             raise
         self._refused.pop(replica.replica_id, None)
         if change >= Change.STATE:
-            log.info("replica", replica=replica.replica_id, state=state.value, address=replica.address)
-        self._follow(change)
-        return pb.ReportResponse(role=convert.role_to_proto(replica.role), plan_epoch=self._state.plan.epoch)
+            why = {"reason": request.reason} if request.reason else {}
+            log.info("replica", replica=replica.replica_id, state=state.value, address=replica.address, **why)
+        await self._follow(change)
+        member = self._state.member(replica.replica_id)
+        if state is ReplicaState.STOPPED or member is None:
+            return pb.ReportResponse(plan_epoch=self._plan.epoch)
+        return pb.ReportResponse(
+            role=convert.role_to_proto(member.replica.role),
+            plan_epoch=self._plan.epoch,
+            role_epoch=member.role_epoch,
+        )
 
     async def ReportGateway(self, request: pb.ReportGatewayRequest, context: Any) -> pb.ReportGatewayResponse:
         """What a gateway has in flight and measures."""
         self._gateways.report(convert.gateway_from_proto(request.gateway), self._clock())
-        self._follow(Change.LOAD)
+        await self._follow(Change.LOAD)
         return pb.ReportGatewayResponse()
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         """The plan and every replica's status, now."""
         return pb.GetPlanResponse(
-            plan=convert.plan_to_proto(self._state.plan), statuses=self._statuses(), gateways=self._loads()
+            plan=convert.plan_to_proto(self._plan), statuses=self._statuses(), gateways=self._loads()
         )
 
     async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.WatchPlanResponse]:
         """The plan now, at once when it or a state changes, and at most once a second when loads do."""
         sent: int | None = None
         while not self._closed:
-            seen, sent_s, plan = self._versions, self._clock(), self._state.plan
+            seen, sent_s, plan = self._versions, self._clock(), self._plan
             message = pb.WatchPlanResponse(statuses=self._statuses(), gateways=self._loads())
             # A plan of hundreds of replicas has thousands of routes, and loads change every second.
             if plan.epoch != sent:
@@ -110,14 +135,14 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             for status in self._state.statuses:
                 if status.state is ReplicaState.LOST and before[status.replica_id] is not ReplicaState.LOST:
                     log.warning("replica", replica=status.replica_id, state="lost")
-            self._follow(change)
+            await self._follow(change)
 
     def close(self) -> None:
         """End every watch; those who watch come again, to the next coordinator."""
         self._closed = True
         self._wake()
 
-    def _follow(self, change: Change) -> None:
+    async def _follow(self, change: Change) -> None:
         if change is Change.NOTHING:
             return
         if change is Change.MEMBERS:
@@ -127,9 +152,30 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                 span.set_attribute("hexgen2.plan.replicas", [each.replica_id for each in plan.replicas])
                 span.set_attribute("hexgen2.plan.routes", len(plan.routes))
                 log.info("plan", plan_epoch=plan.epoch, replicas=len(plan.replicas), routes=len(plan.routes))
+        if change >= Change.STATE:
+            snapshot = self._state.snapshot
+            await self._keep(snapshot)
+            # Those who wait for an older snapshot at the same time come first, in order.
+            self._plan = snapshot.plan
         states, loads = self._versions
         self._versions = (states, loads + 1) if change is Change.LOAD else (states + 1, loads)
         self._wake()
+
+    async def _keep(self, snapshot: Snapshot) -> None:
+        try:
+            await self._save(snapshot)
+        except OSError as error:
+            # Serving goes on: workers register again should this process end before the disk is mended.
+            log.error("state_not_saved", error=str(error), plan_epoch=snapshot.plan.epoch)
+
+    def _check_clock(self, replica_id: str, unix_time_s: float) -> None:
+        ahead_s = unix_time_s - self._wall_clock() if unix_time_s else 0.0
+        if abs(ahead_s) > self._max_clock_skew_s:
+            side = "ahead of" if ahead_s > 0 else "behind"
+            raise ReplicaMismatch(
+                f"the clock of replica {replica_id!r} is {abs(ahead_s):.0f} s {side} "
+                f"the coordinator's, more than {self._max_clock_skew_s:g} s: synchronise them (NTP)"
+            )
 
     def _statuses(self) -> list[types_pb2.ReplicaStatus]:
         return [convert.status_to_proto(status) for status in self._state.statuses]

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import hexgen2
+from hexgen2.assignment import Assignment
 from hexgen2.fleet_state import FleetState
 from hexgen2.plan import Replica, Role
 from hexgen2.rpc.client import channel
@@ -19,14 +21,22 @@ def replica(replica_id: str, **changes: Any) -> Replica:
     """A prefill replica if its id begins with p, else a decode replica."""
     role = Role.PREFILL if replica_id.startswith("p") else Role.DECODE
     port = 1000 + sum(map(ord, replica_id))
-    return replace(Replica(replica_id, role, f"127.0.0.1:{port}", "m", b"m" * 32, "first", 1024, "tcp"), **changes)
+    made = Replica(replica_id, role, f"127.0.0.1:{port}", "m", b"m" * 32, "first", 1024, "tcp")
+    return replace(made, **({"version": hexgen2.__version__} | changes))
 
 
 @asynccontextmanager
 async def coordinator(
-    listen: str = "127.0.0.1:0", *, epoch: int = 100, lost_after_s: float = 60.0, load_interval_s: float = 0.0
+    listen: str = "127.0.0.1:0",
+    *,
+    epoch: int = 100,
+    lost_after_s: float = 60.0,
+    load_interval_s: float = 0.0,
+    assignment: Assignment | None = None,
 ) -> AsyncIterator[str]:
-    service = CoordinatorService(FleetState(epoch, lost_after_s), time.monotonic, load_interval_s)
+    service = CoordinatorService(
+        FleetState(epoch, lost_after_s, assignment=assignment), time.monotonic, load_interval_s
+    )
     server = GrpcServer(listen, untraced=UNTRACED)
     server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)
     expiry = asyncio.create_task(service.run_expiry())

@@ -6,16 +6,20 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import grpc
 import pytest
 import structlog
 
+from hexgen2.assignment import Assignment
 from hexgen2.errors import Unavailable
-from hexgen2.plan import Load, Plan, ReplicaState
+from hexgen2.plan import Load, Plan, Prediction, ReplicaState, Role
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.report import PlanWatcher, Reporter
 from hexgen2.v1 import coordinator_pb2 as pb
@@ -214,9 +218,20 @@ class Process:
 
 
 @asynccontextmanager
-async def process(home: Path, listen: str = "127.0.0.1:0", lost_after_s: float = 5.0) -> AsyncIterator[Process]:
+async def process(
+    home: Path, listen: str = "127.0.0.1:0", lost_after_s: float = 5.0, *flags: str
+) -> AsyncIterator[Process]:
     started = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.coordinator", "--listen", listen, "--lost-after-s", str(lost_after_s)),
+        *(
+            sys.executable,
+            "-m",
+            "services.coordinator",
+            "--listen",
+            listen,
+            "--lost-after-s",
+            str(lost_after_s),
+            *flags,
+        ),
         stderr=asyncio.subprocess.PIPE,
         env=os.environ | {"HEXGEN2_HOME": str(home)},
     )
@@ -249,6 +264,75 @@ async def test_a_gateway_never_notices_a_coordinator_that_is_killed_and_comes_ba
                 assert await second.end(signal.SIGTERM) == 0
             assert watcher.ready
             listening.cancel()
+
+
+async def test_a_coordinator_that_comes_back_goes_on_with_its_plan_and_epoch(tmp_path: Path) -> None:
+    state_file = ("--state-file", str(tmp_path / "state.db"))
+    async with process(tmp_path, "127.0.0.1:0", 5.0, *state_file) as first:
+        address = str((await first.event("ready"))["address"])
+        watcher, workers = PlanWatcher(address), (worker(address, "p1"), worker(address, "d1"))
+        async with running(watcher, *workers):
+            await until(watcher, lambda: states(watcher) == {"p1": READY, "d1": READY})
+            before = watcher.plan
+            assert await first.end(signal.SIGKILL) == -signal.SIGKILL
+            # Changes that nobody hears of while it is away come out by themselves.
+            workers[1].state = DRAINING
+            async with process(tmp_path, address, 5.0, *state_file) as second:
+                assert (await second.event("state"))["restored"] is True
+                assert (await second.event("ready"))["plan_epoch"] == before.epoch
+                await until(watcher, lambda: states(watcher) == {"p1": READY, "d1": DRAINING})
+                assert watcher.plan == before
+                assert not watcher.holding
+
+
+async def test_a_worker_that_stops_is_gone_at_once_and_nobody_calls_it_lost() -> None:
+    async with coordinator(lost_after_s=3600) as address:
+        p1, d1, watcher = worker(address, "p1"), worker(address, "d1", interval_s=3600), PlanWatcher(address)
+        async with running(p1, watcher):
+            reporting = asyncio.create_task(d1.run())
+            await until(watcher, lambda: states(watcher) == {"p1": READY, "d1": READY})
+            with structlog.testing.capture_logs() as logs:
+                d1.state = DRAINING
+                await until(watcher, lambda: states(watcher)["d1"] is DRAINING)
+                d1.reason, d1.state = "it was stopped", ReplicaState.STOPPED
+                await until(watcher, lambda: states(watcher) == {"p1": READY})
+                async with asyncio.timeout(10):
+                    await reporting
+            told = [(e["state"], e.get("reason")) for e in logs if e["event"] == "replica" and e["replica"] == "d1"]
+            assert told == [("draining", None), ("stopped", "it was stopped")]
+
+
+async def test_a_flexible_worker_takes_the_role_that_the_plan_gives_it() -> None:
+    heard: list[tuple[Role, int]] = []
+    async with coordinator() as address:
+        flexible = replica("w1", flexible=True, role=Role.COLOCATED)
+        w1 = Reporter(address, flexible, Load, 0.05, on_role=lambda role, epoch: heard.append((role, epoch)))
+        w1.state = READY
+        watcher = PlanWatcher(address)
+        async with running(w1, watcher):
+            await until(watcher, lambda: len(watcher.plan.routes) == 1)
+            assert heard == []
+    first = watcher.plan
+    given = Assignment(MappingProxyType({"w1": Role.DECODE}), (), Prediction(1.0, 1.0, 1.0, None, 0.1))
+    async with coordinator(epoch=first.epoch, assignment=given) as address:
+        w1 = Reporter(address, flexible, Load, 0.05, on_role=lambda role, epoch: heard.append((role, epoch)))
+        async with running(w1):
+            await true(lambda: bool(heard))
+    assert heard == [(Role.DECODE, first.epoch + 1)]
+    assert w1.replica.role is Role.DECODE
+
+
+async def test_clocks_apart_are_refused_with_by_how_much() -> None:
+    async with coordinator() as address, connected(address) as stub:
+        request = pb.ReportRequest(
+            replica=convert.replica_to_proto(replica("p1")),
+            state=convert.state_to_proto(READY),
+            unix_time_s=time.time() + 90,
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Report(request)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "the clock of replica 'p1' is 90 s ahead of the coordinator's, more than 30 s" in str(caught.value.details())
 
 
 async def record(watcher: PlanWatcher, watched: list[bool]) -> None:

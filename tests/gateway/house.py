@@ -115,6 +115,10 @@ class Plans:
         self.plan = Plan(0)
         self.statuses: Mapping[str, ReplicaStatus] = {}
 
+    async def wait_changed(self) -> None:
+        """Soon: tests set a plan without a word."""
+        await asyncio.sleep(0.01)
+
 
 @dataclass
 class House:

@@ -1,5 +1,6 @@
 """Where requests go, and where they go next."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,10 @@ class Fleet:
         self.plan = Plan(1, replicas, routes)
         self.statuses = {name: ReplicaStatus(name, ReplicaState.READY, Load()) for _, name in ids}
         self.dispatch = Dispatch(self, lambda: self.now)
+
+    async def wait_changed(self) -> None:
+        """Soon."""
+        await asyncio.sleep(0)
 
     def restart(self, replica_id: str) -> None:
         changed = [

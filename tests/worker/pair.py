@@ -18,14 +18,14 @@ from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto
+from hexgen2.rpc.decode_service import DecodeService
 from hexgen2.rpc.fetch_kv import KvClient
+from hexgen2.rpc.prefill_service import PrefillService
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 from hexgen2.worker.aio import Gate, PageQueue
 from hexgen2.worker.decode import DecodeWorker
 from hexgen2.worker.prefill import PrefillWorker
-from services.decode.service import DecodeService
-from services.prefill.service import PrefillService
 from tests.eventually import eventually
 
 DEADLINE_S = 30.0

@@ -38,7 +38,10 @@ class DecodeService(decode_pb2_grpc.DecodeServicer):
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         """See the proto."""
         deadline = now() + call_timeout_s(context.time_remaining())
-        async with self._gate.enter(), aclosing(self._worker.run(self._job(request, deadline))) as events:
+        async with (
+            self._gate.enter(request.plan_epoch),
+            aclosing(self._worker.run(self._job(request, deadline))) as events,
+        ):
             async for event in events:
                 match event:
                     case KvSummary():

@@ -36,7 +36,7 @@ class PrefillService(prefill_pb2_grpc.PrefillServicer):
         self, request: prefill_pb2.PrefillRequest, context: _Context
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         """See the proto."""
-        async with self._gate.enter():
+        async with self._gate.enter(request.plan_epoch):
             worker = self._attached()
             if not request.request_id:
                 raise InvalidRequest("request_id", "is empty")

@@ -1,0 +1,79 @@
+"""What a plan.yaml has each replica do, by its id, wherever it runs; and the routes among those there are. Pure."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from hexgen2.kv.codecs import NONE
+from hexgen2.placement import Placement
+from hexgen2.plan import Prediction, Replica, ReplicaPrediction, Role, Route
+
+#: Whether the KV of the one is KV of the other, and can reach it.
+Fits = Callable[[Replica, Replica], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Roles by replica id, routes by their flow, and what the plan promises of them."""
+
+    roles: "MappingProxyType[str, Role]"
+    routes: tuple[Route, ...]
+    prediction: Prediction
+    colocate_max_prompt_tokens: int = 0
+    flows: "MappingProxyType[str, float]" = field(default_factory=lambda: MappingProxyType({}))
+
+
+def assignment_of(placement: Placement) -> Assignment:
+    """The roles, routes and promises of a planned placement."""
+    wholes = (Route(r.id, r.id, r.flow_rps) for r in placement.replicas if r.role == "colocated")
+    routes = (Route(r.prefill, r.decode, r.flow_rps, r.codec) for r in placement.routes)
+    return Assignment(
+        roles=MappingProxyType({each.id: Role(each.role) for each in placement.replicas}),
+        routes=(*routes, *wholes),
+        prediction=Prediction(
+            throughput_rps=placement.throughput_rps,
+            output_tokens_per_s=placement.output_tokens_per_s,
+            load_rps=placement.load_rps,
+            ttft_s=placement.ttft_s,
+            tpot_s=placement.tpot_s,
+            replicas=tuple(ReplicaPrediction(r.id, r.capacity_rps, r.flow_rps) for r in placement.replicas),
+        ),
+        flows=MappingProxyType({each.id: each.flow_rps for each in placement.replicas}),
+    )
+
+
+def routes_among(assignment: Assignment, alive: Iterable[Replica], fits: Fits, codec: str = NONE) -> tuple[Route, ...]:
+    """The plan's routes between replicas that are there; a prefill replica left without any goes to every decode one.
+
+    So nothing that still could be served is refused until there is a plan without the missing replica. ``codec`` is
+    that of routes that the plan has not.
+    """
+    replicas = {each.replica_id: each for each in alive}
+    routes = [
+        route
+        for route in assignment.routes
+        if (p := replicas.get(route.prefill_replica_id)) and (d := replicas.get(route.decode_replica_id))
+        if p is d or fits(p, d)
+    ]
+    sending = {route.prefill_replica_id for route in routes}
+    for prefill in replicas.values():
+        if prefill.role is Role.PREFILL and prefill.replica_id not in sending:
+            others = [each for each in replicas.values() if each.role is Role.DECODE and fits(prefill, each)]
+            flow = assignment.flows.get(prefill.replica_id, 0.0) / max(1, len(others))
+            routes += [Route(prefill.replica_id, each.replica_id, flow, codec) for each in others if flow > 0]
+    return tuple(routes)
+
+
+def all_routes(alive: Iterable[Replica], fits: Fits, codec: str = NONE) -> tuple[Route, ...]:
+    """Without a plan: every prefill with every decode replica, and what serves whole requests by itself, evenly."""
+    replicas = tuple(alive)
+    decodes = [each for each in replicas if each.role is Role.DECODE]
+    pairs = [
+        Route(prefill.replica_id, decode.replica_id, 1.0, codec)
+        for prefill in replicas
+        if prefill.role is Role.PREFILL
+        for decode in decodes
+        if fits(prefill, decode)
+    ]
+    wholes = [Route(r.replica_id, r.replica_id, 1.0) for r in replicas if r.role is Role.COLOCATED and r.model_sha256]
+    return (*pairs, *wholes)

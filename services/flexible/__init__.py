@@ -1,0 +1,1 @@
+"""The worker that does either phase, as the plan has it."""
