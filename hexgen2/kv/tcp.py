@@ -13,7 +13,9 @@ from hexgen2.errors import ConfigError
 from hexgen2.kv import tcp_wire as wire
 from hexgen2.kv.tcp_client import ReadConnection
 from hexgen2.kv.tcp_server import ReadServer
+from hexgen2.kv.tcp_stream import Streams
 from hexgen2.kv.transport import Span, TransportError, check_spans, merged
+from hexgen2.tls import TlsFiles
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +29,15 @@ class TcpTransport:
 
     Args:
         host: address or name that the send buffer is served on and that peers are told.
+        tls: certificates; every connection is TLS then. Both sides of a transfer must have the same name.
     """
 
-    name = "tcp"
-
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, tls: TlsFiles | None = None) -> None:
         if host in ("", "0.0.0.0", "::"):
             raise ConfigError(f"kv.host: {host!r} is not an address that peers can connect to")
+        self.name = "tcp" if tls is None else "tcp+tls"
         self._host = host
+        self._streams = Streams(tls)
         self._selector = selectors.DefaultSelector()
         self._server: ReadServer | None = None
         self._endpoint = b""
@@ -50,7 +53,7 @@ class TcpTransport:
         if send is not None:
             buffer = _host_memory("send", send)
             nonce = secrets.token_bytes(wire.NONCE_BYTES)
-            self._server = ReadServer(self._host, nonce, buffer, self._selector)
+            self._server = ReadServer(self._host, nonce, buffer, self._selector, self._streams)
             self._endpoint = wire.Endpoint(self._server.host, self._server.port, nonce, len(buffer)).pack()
 
     def endpoint(self) -> bytes:
@@ -59,7 +62,7 @@ class TcpTransport:
 
     def describe(self) -> str:
         """For people."""
-        return "tcp"
+        return self.name
 
     def read(self, endpoint: bytes, spans: Sequence[Span]) -> int:
         """Post a read, connecting first where there is no connection yet."""
@@ -71,7 +74,7 @@ class TcpTransport:
         connection = self._connections.pop(endpoint, None)
         if connection is None or connection.closed:
             self._close_idle()
-            connection = ReadConnection(peer, self._selector, self._is_over)
+            connection = ReadConnection(peer, self._selector, self._is_over, self._streams)
         self._connections[endpoint] = connection  # last in the order of use
         self._next_handle += 1
         connection.post(self._next_handle, spans, self._landing)

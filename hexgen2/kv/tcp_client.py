@@ -11,6 +11,7 @@ from itertools import islice
 
 from hexgen2.kv import tcp_wire as wire
 from hexgen2.kv.tcp_socket import MAX_VIEWS, TURN_BYTES, advance, tune
+from hexgen2.kv.tcp_stream import Stream, Streams
 from hexgen2.kv.transport import Span, TransportError
 
 #: Told of a read that is over.
@@ -30,7 +31,7 @@ class ReadConnection:
     Once ``closed``, every read posted on it has been told to ``over`` and nothing writes its bytes any more.
     """
 
-    def __init__(self, endpoint: wire.Endpoint, selector: selectors.BaseSelector, over: Over) -> None:
+    def __init__(self, endpoint: wire.Endpoint, selector: selectors.BaseSelector, over: Over, streams: Streams) -> None:
         """Start to connect; does not block."""
         self.endpoint = endpoint
         self.closed = False
@@ -42,7 +43,8 @@ class ReadConnection:
         self._refusal: bytearray | None = None  # text of a refusal that is arriving
         self._refusal_bytes = 0
         self._is_unwelcome = False  # the refusal is of this connection, not of one read
-        self._connected = False
+        self._streams = streams
+        self._stream: Stream | None = None  # once there is a connection
         try:
             self._socket = socket.socket(socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET)
         except OSError as error:
@@ -66,7 +68,7 @@ class ReadConnection:
         views = deque(landing[s.local_offset : s.local_offset + s.num_bytes] for s in spans)
         self._reads.append(_Read(read_id, views, sum(s.num_bytes for s in spans)))
         self._out += wire.pack_request(read_id, spans)
-        if self._connected:
+        if self._stream is not None:
             self._progress(self._send)
 
     def close(self, reason: str = "closed") -> None:
@@ -84,12 +86,17 @@ class ReadConnection:
     def _on_ready(self, events: int) -> None:
         if self.closed:  # by another connection's event, seen in the same turn
             return
-        if not self._connected:
+        if self._stream is None:
             error = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
                 self.close(f"cannot connect: {os.strerror(error)}")
                 return
-            self._connected = True
+            try:
+                self._stream = self._streams.connected(self._socket, self.endpoint.host)
+            except OSError as bad:
+                self.close(str(bad))
+                return
+            self._socket = self._stream.socket
         if events & selectors.EVENT_WRITE:
             self._progress(self._send)
         if events & selectors.EVENT_READ and not self.closed:
@@ -103,19 +110,24 @@ class ReadConnection:
         except (OSError, TransportError) as error:
             self.close(str(error))
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+        assert self._stream is not None
+        events = self._stream.waits_for or selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
         if events != self._events and not self.closed:
             self._events = events
             self._selector.modify(self._socket, events, self._on_ready)
 
     def _send(self) -> None:
+        assert self._stream is not None
         while self._out:
-            del self._out[: self._socket.send(self._out)]
+            with memoryview(self._out) as view:
+                count = self._stream.send((view,))
+            del self._out[:count]
 
     def _receive(self) -> None:
         """Take at most about TURN_BYTES, so that other connections get their turn."""
+        assert self._stream is not None
         received = 0
-        while received < TURN_BYTES:
+        while received < TURN_BYTES or self._stream.holds_bytes:
             if self._refusal is not None:
                 received += self._receive_into(self._refusal, self._refusal_bytes)
                 if len(self._refusal) == self._refusal_bytes:
@@ -125,7 +137,7 @@ class ReadConnection:
                     self._finish(TransportError(f"tcp: {text}"))
             elif self._answering:
                 views = self._reads[0].views
-                count = self._socket.recvmsg_into([*islice(views, MAX_VIEWS)])[0] if views else 0
+                count = self._stream.receive_into([*islice(views, MAX_VIEWS)]) if views else 0
                 if views and not count:
                     raise TransportError("the peer closed the connection")
                 received += count
@@ -138,7 +150,8 @@ class ReadConnection:
                     self._begin_answer()
 
     def _receive_into(self, buffer: bytearray, size: int) -> int:
-        data = self._socket.recv(size - len(buffer))
+        assert self._stream is not None
+        data = self._stream.receive(size - len(buffer))
         if not data and size > len(buffer):
             raise TransportError("the peer closed the connection")
         buffer += data

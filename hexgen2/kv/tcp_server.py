@@ -10,6 +10,7 @@ from itertools import islice
 from hexgen2.errors import ConfigError
 from hexgen2.kv import tcp_wire as wire
 from hexgen2.kv.tcp_socket import MAX_VIEWS, TURN_BYTES, advance, tune
+from hexgen2.kv.tcp_stream import Stream, Streams
 from hexgen2.kv.transport import TransportError
 
 # Bounds on what strangers can make us keep. A decode rank holds one connection to each prefill rank it reads from.
@@ -21,9 +22,11 @@ _RECEIVE_BYTES = 64 << 10
 class ReadServer:
     """A listening socket and its connections, driven by the selector's owner."""
 
-    def __init__(self, host: str, nonce: bytes, buffer: memoryview, selector: selectors.BaseSelector) -> None:
+    def __init__(
+        self, host: str, nonce: bytes, buffer: memoryview, selector: selectors.BaseSelector, streams: Streams
+    ) -> None:
         """Listen on a free port of ``host``. Raises ConfigError when that cannot be."""
-        self.nonce, self.buffer, self.selector = nonce, buffer, selector
+        self.nonce, self.buffer, self.selector, self._streams = nonce, buffer, selector, streams
         self.peers: dict[_Peer, None] = {}  # a set in order of arrival
         try:
             family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -59,7 +62,12 @@ class ReadServer:
         tune(accepted)
         if len(self.peers) >= _MAX_PEERS:
             self._make_room()
-        self.peers[_Peer(accepted, self)] = None
+        try:
+            stream = self._streams.accepted(accepted)
+        except OSError:  # it is gone already
+            accepted.close()
+            return
+        self.peers[_Peer(stream, self)] = None
 
     def _make_room(self) -> None:
         """Close the oldest connection that has not said hello, or the oldest of all."""
@@ -69,14 +77,14 @@ class ReadServer:
 class _Peer:
     """One connection to a reader."""
 
-    def __init__(self, sock: socket.socket, server: ReadServer) -> None:
+    def __init__(self, stream: Stream, server: ReadServer) -> None:
         self.is_known = False
-        self._socket, self._server = sock, server
+        self._stream, self._socket, self._server = stream, stream.socket, server
         self._in = bytearray()
         self._out: deque[memoryview] = deque()
         self._refused = False
         self._events = selectors.EVENT_READ
-        server.selector.register(sock, self._events, self._on_ready)
+        server.selector.register(self._socket, self._events, self._on_ready)
 
     def close(self) -> None:
         self._server.peers.pop(self, None)
@@ -89,7 +97,7 @@ class _Peer:
         if self._socket.fileno() < 0:  # closed by another connection's event, seen in the same turn
             return
         try:
-            if events & selectors.EVENT_READ:
+            if events & selectors.EVENT_READ or self._stream.waits_for:
                 self._receive()
             if self._out:
                 self._send()
@@ -102,12 +110,13 @@ class _Peer:
         # Who asks faster than he takes is not listened to meanwhile.
         wanted = selectors.EVENT_READ if len(self._out) < _MAX_QUEUED_VIEWS else 0
         wanted |= selectors.EVENT_WRITE if self._out else 0
+        wanted = self._stream.waits_for or wanted
         if wanted != self._events:
             self._events = wanted
             self._server.selector.modify(self._socket, wanted, self._on_ready)
 
     def _receive(self) -> None:
-        data = self._socket.recv(_RECEIVE_BYTES)
+        data = self._stream.receive(_RECEIVE_BYTES)
         if not data:
             self.close()
             return
@@ -146,6 +155,6 @@ class _Peer:
         """Give at most about TURN_BYTES, so that other connections get their turn."""
         sent = 0
         while self._out and sent < TURN_BYTES:
-            count = self._socket.sendmsg([*islice(self._out, MAX_VIEWS)])
+            count = self._stream.send([*islice(self._out, MAX_VIEWS)])
             advance(self._out, count)
             sent += count
