@@ -95,6 +95,10 @@ class KvConfig(Config):
     transport: Literal["auto", "ucx", "tcp"] = Field(
         "auto", description="auto is ucx within a machine or over RDMA where NIXL is installed, else tcp; it is logged"
     )
+    tls: Literal["auto", "require", "off"] = Field(
+        "auto",
+        description="auto: tcp speaks TLS where the worker has certificates; require: nothing else may do",
+    )
     host: str = Field("127.0.0.1", description="address that the KV plane binds and tells its peers (TCP transport)")
     send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker")
     staging_bytes: int = Field(256 * MIB, ge=1, description="staging of a decode worker")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hexgen2.config import EmulatedEngineConfig, KvConfig
+from hexgen2.config import EmulatedEngineConfig, KvConfig, TlsConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv, restored
 from hexgen2.errors import EngineFailed, InvalidRequest
@@ -54,7 +54,9 @@ class _Running:
 class EmulatedEngine:
     """See the module; implements ``base.Engine``."""
 
-    def __init__(self, config: EmulatedEngineConfig, kv: KvConfig, agent_socket: Path) -> None:
+    def __init__(
+        self, config: EmulatedEngineConfig, kv: KvConfig, agent_socket: Path, tls: TlsConfig | None = None
+    ) -> None:
         self.model = ModelSpec(
             name=config.name,
             sha256=sha256(config.model_dump_json(include=_IDENTITY).encode()).digest(),
@@ -70,6 +72,7 @@ class EmulatedEngine:
         self.num_ranks = config.tensor_parallel_size
         self._config = config
         self._kv = kv
+        self._tls = tls
         self._agent_socket = agent_socket
         self._slices = rank_slices([config.num_layers], config.num_kv_heads, config.tensor_parallel_size)
         self._agents: list[KvAgent] = []
@@ -87,7 +90,7 @@ class EmulatedEngine:
                 self._agent_socket,
                 rank_slice,
                 self.model.kv_shape,
-                make_transport(transport_name(kv), kv.host),
+                make_transport(transport_name(kv, self._tls), kv.host, self._tls),
                 device=torch.device("cpu"),
                 send_bytes=kv.send_bytes,
                 staging_bytes=kv.staging_bytes,

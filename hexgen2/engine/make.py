@@ -12,8 +12,8 @@ def make_engine(config: WorkerConfig, agent_socket: Path) -> tuple[Engine, int]:
     if isinstance(engine, EmulatedEngineConfig):
         from hexgen2.engine.emulated import EmulatedEngine
 
-        return EmulatedEngine(engine, config.kv, agent_socket), engine.tensor_parallel_size
+        return EmulatedEngine(engine, config.kv, agent_socket, config.tls), engine.tensor_parallel_size
     from hexgen2.engine.vllm import VllmEngine
 
     num_ranks = engine.tensor_parallel_size * engine.pipeline_parallel_size
-    return VllmEngine(engine, config.kv, config.role, agent_socket), num_ranks
+    return VllmEngine(engine, config.kv, config.role, agent_socket, config.tls), num_ranks

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hexgen2.config import KvConfig, VllmEngineConfig
+from hexgen2.config import KvConfig, TlsConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.vllm_args import Role, engine_args, invalid, sampling_params, served_dtype
 from hexgen2.engine.vllm_env import adopt_logging, is_cpu, prepare
@@ -28,7 +28,9 @@ _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 class VllmEngine:
     """See the module. One per process: vLLM is configured through the environment."""
 
-    def __init__(self, config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket: Path) -> None:
+    def __init__(
+        self, config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket: Path, tls: TlsConfig | None = None
+    ) -> None:
         """``agent_socket``: where the service listens for its ranks' KV agents, before ``start``.
 
         Raises:
@@ -38,7 +40,7 @@ class VllmEngine:
         self._cpu = is_cpu()
         self.model: ModelSpec = load_model(config.model, served_dtype(config, self._cpu))
         self.max_model_len = config.max_model_len or self.model.max_position_embeddings
-        self._args = engine_args(config, kv, role, agent_socket, cpu=self._cpu)
+        self._args = engine_args(config, kv, role, agent_socket, cpu=self._cpu, tls=tls)
         self._llm: Any = None
         self._in_flight = 0
         self._stats = _Stats()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from hexgen2.config import GIB, KvConfig, VllmEngineConfig
+from hexgen2.config import GIB, KvConfig, TlsConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineRequest, Sampling
 from hexgen2.errors import InvalidRequest
 from hexgen2.kv.choose import transport_name
@@ -26,7 +26,15 @@ def served_dtype(config: VllmEngineConfig, cpu: bool) -> str:
     return "float32" if config.dtype == "auto" and cpu else config.dtype
 
 
-def engine_args(config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket: Path, *, cpu: bool) -> dict[str, Any]:
+def engine_args(
+    config: VllmEngineConfig,
+    kv: KvConfig,
+    role: Role,
+    agent_socket: Path,
+    *,
+    cpu: bool,
+    tls: TlsConfig | None = None,
+) -> dict[str, Any]:
     """Keyword arguments of ``vllm.EngineArgs``.
 
     Raises:
@@ -58,7 +66,8 @@ def engine_args(config: VllmEngineConfig, kv: KvConfig, role: Role, agent_socket
             "kv_load_failure_policy": "fail",
             "kv_connector_extra_config": {
                 "agent_socket": str(agent_socket),
-                "transport": transport_name(kv),
+                "transport": transport_name(kv, tls),
+                "tls": tls and tls.model_dump(mode="json"),
                 "host": kv.host,
                 "send_bytes": kv.send_bytes if role != "decode" else 0,
                 "staging_bytes": kv.staging_bytes if role != "prefill" else 0,

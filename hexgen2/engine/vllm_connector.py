@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
+from hexgen2.config import TlsConfig
 from hexgen2.engine.vllm_env import leave_at_once
 from hexgen2.engine.vllm_layout import DenseLayout, Layout, PackedLayout, check_exact, cpu_cache_write
 from hexgen2.engine.vllm_rank import RankKv
@@ -148,11 +149,12 @@ class HexgenConnector(KVConnectorBase_V1):
         cache = next(iter(caches.values()))
         layout = self._layout(next(iter(kv_caches)), cache, shape.head_dim)
         check_exact(layout, cache, self._block_size)
+        tls = self._option("tls")
         agent = KvAgent(
             self._socket,
             rank_slice,
             shape,
-            make_transport(self._option("transport"), self._option("host")),
+            make_transport(self._option("transport"), self._option("host"), tls and TlsConfig.model_validate(tls)),
             device=cache.device,
             send_bytes=self._option("send_bytes"),
             staging_bytes=self._option("staging_bytes"),

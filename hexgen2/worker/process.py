@@ -129,6 +129,8 @@ async def run_worker(
             await ranks.wait_complete(AGENTS_TIMEOUT_S)
             hello = ranks.hellos[0]
             metrics.KV_TRANSPORT_INFO.labels(hello.transport, hello.transport_detail).set(1)
+            if tls is not None and not hello.transport.endswith("+tls"):
+                log.warning("kv_plane_without_tls", transport=hello.transport_detail, host=config.kv.host)
             pools = Pools(config, ranks)
             await attach(engine, ranks, pools)
             reporter.replica = replace(

@@ -22,10 +22,12 @@ from hexgen2.rpc.decode_service import DecodeService
 from hexgen2.rpc.fetch_kv import KvClient
 from hexgen2.rpc.prefill_service import PrefillService
 from hexgen2.rpc.server import GrpcServer
+from hexgen2.tls import load_tls
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 from hexgen2.worker.aio import Gate, PageQueue
 from hexgen2.worker.decode import DecodeWorker
 from hexgen2.worker.prefill import PrefillWorker
+from tests.certificates import Authority
 from tests.eventually import eventually
 
 DEADLINE_S = 30.0
@@ -69,13 +71,20 @@ class Worker:
 
 
 @asynccontextmanager
-async def worker(role: str, config: EmulatedEngineConfig = CONFIG, kv: KvConfig | None = None) -> AsyncIterator[Worker]:
-    """A worker that serves."""
+async def worker(
+    role: str,
+    config: EmulatedEngineConfig = CONFIG,
+    kv: KvConfig | None = None,
+    authority: Authority | None = None,
+    identity: str = "worker",
+) -> AsyncIterator[Worker]:
+    """A worker that serves; with an ``authority`` it speaks TLS by its certificate ``identity``."""
+    tls = authority.config(identity) if authority else None
     kv = kv or KvConfig(transport="tcp", send_bytes=1 << 20, staging_bytes=1 << 20, landing_bytes=1 << 18)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-"))
         ranks = Ranks(Path(folder) / "s", config.tensor_parallel_size)
-        engine = EmulatedEngine(config, kv, ranks.socket_path)
+        engine = EmulatedEngine(config, kv, ranks.socket_path, tls)
         await ranks.start()
         stack.push_async_callback(ranks.stop)
         stack.push_async_callback(engine.stop)
@@ -85,13 +94,13 @@ async def worker(role: str, config: EmulatedEngineConfig = CONFIG, kv: KvConfig 
         pages = min(h.send_pages if role == "prefill" else h.staging_pages for h in ranks.hellos)
         memory = PageQueue(PagePool(role, pages, kv.max_queued), sum(h.page_bytes for h in ranks.hellos))
         gate = Gate()
-        server = GrpcServer("127.0.0.1:0")
+        server = GrpcServer("127.0.0.1:0", tls=load_tls(tls))
         if role == "prefill":
             prefill = PrefillService(gate)
             prefill.attach(PrefillWorker(engine, ranks, memory), engine.max_model_len, engine.model.vocab_size)
             server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, prefill, "hexgen2.v1.Prefill")
         else:
-            client = KvClient()
+            client = KvClient(load_tls(tls))
             stack.push_async_callback(client.close)
             decode = DecodeService(gate)
             decode.attach(
@@ -101,7 +110,8 @@ async def worker(role: str, config: EmulatedEngineConfig = CONFIG, kv: KvConfig 
         address = await server.start()
         stack.push_async_callback(server.stop, 0.0)
         gate.open()
-        yield Worker(address, engine, ranks, memory, gate, await stack.enter_async_context(_closing(channel(address))))
+        peer = channel(address, authority.files("gateway") if authority else None)
+        yield Worker(address, engine, ranks, memory, gate, await stack.enter_async_context(_closing(peer)))
 
 
 @asynccontextmanager
@@ -210,7 +220,12 @@ async def pair(
     *,
     prefill_kv: KvConfig | None = None,
     decode_kv: KvConfig | None = None,
+    authority: Authority | None = None,
+    decode_identity: str = "worker",
 ) -> AsyncIterator[WorkerPair]:
     """One prefill and one decode worker."""
-    async with worker("prefill", prefill, prefill_kv) as p, worker("decode", decode, decode_kv) as d:
+    async with (
+        worker("prefill", prefill, prefill_kv, authority) as p,
+        worker("decode", decode, decode_kv, authority, decode_identity) as d,
+    ):
         yield WorkerPair(p, d)
