@@ -112,6 +112,18 @@ class CostModel:
             total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, batch)
         return total
 
+    def kernels(self, stage: Stage) -> Kernels:
+        """Times of one layer on a stage's GPUs."""
+        return self._tables(stage).kernels
+
+    def shared_tokens(self, stages: Stages) -> int:
+        """Tokens of whole prompts that share a step at ``prefill_rate``; 0: sharing does not pay."""
+        parts = self._parts(stages)
+        busy = parts[0].prefill_busy_s
+        for part in parts[1:]:
+            busy = np.maximum(busy, part.prefill_busy_s)
+        return self.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(np.argmin(busy))]
+
     def weight_bytes_per_gpu(self, stages: Stages, number: int) -> float:
         """Of stage ``number``: its layers, the embedding in the first and the head in the last."""
         llm, stage = self.llm, stages[number]

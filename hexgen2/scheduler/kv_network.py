@@ -7,7 +7,7 @@ card's bytes in a linear program instead, and its answer is the one that plans p
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import frexp
@@ -58,6 +58,15 @@ class Routed:
     routes: tuple[tuple[int, int, float], ...]
     #: Of each card or link that carries anything: bytes per second and its bandwidth.
     wires: tuple[tuple[Wire, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvPath:
+    """Shares of a prompt's KV by wire, what the links inside machines allow (bytes/s), and the way's latency."""
+
+    shares: tuple[tuple[Wire, float], ...]
+    inner_bytes_per_s: float
+    latency_s: float
 
 
 class KvNetwork:
@@ -305,6 +314,20 @@ class KvNetwork:
     def transfer_s(self, sender: Replica, receiver: Replica) -> float:
         """Seconds that one mean prompt's KV takes between two replicas when nobody else uses the links."""
         return self._moved(sender, receiver, defaultdict(float))[0]
+
+    @property
+    def bandwidths(self) -> Mapping[Wire, float]:
+        """Of cards and links, bytes per second."""
+        return self._limits
+
+    def path(self, sender: Replica, receiver: Replica) -> KvPath:
+        """What a mean prompt's KV passes from one replica to another."""
+        loads: dict[Wire, float] = defaultdict(float)
+        _, inner_rps = self._moved(sender, receiver, loads)
+        pairs = [(a, b) for a, *_ in sender.spans for b, *_ in receiver.spans if a != b]
+        latency = max((self._fabric.latency[a][b] for a, b in pairs), default=0.0)
+        shares = tuple((wire, loads[wire] / self._kv_bytes) for wire in sorted(loads, key=str))
+        return KvPath(shares, inner_rps * self._kv_bytes, latency)
 
     def _routed(self, replicas: Sequence[Replica], pairs: Sequence[tuple[int, int]], flows: Sequence[float]) -> Routed:
         largest = max(flows, default=0.0)

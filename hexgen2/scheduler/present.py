@@ -11,6 +11,7 @@ from hexgen2.placement import (
     RunnerUp,
     StagePlan,
 )
+from hexgen2.scheduler.fabric import Fabric
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
 from hexgen2.scheduler.kv_network import Routed, Wire
 from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
@@ -81,7 +82,12 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
         replicas=planned,
         routes=routes,
         links=tuple(
-            LinkPlan(name=_wire(problem, wire), bytes_per_s=used, bandwidth_bytes_per_s=limit, utilisation=used / limit)
+            LinkPlan(
+                name=wire_name(problem.fabric, wire),
+                bytes_per_s=used,
+                bandwidth_bytes_per_s=limit,
+                utilisation=used / limit,
+            )
             for wire, used, limit in routed.wires
         ),
         idle=tuple(
@@ -177,7 +183,7 @@ def _more(rps: float, other: float) -> str:
 
 
 def _bottleneck(problem: Problem, replicas: tuple[ReplicaPlan, ...], routed: Routed) -> str:
-    full = [_wire(problem, wire) for wire, used, limit in routed.wires if used >= FULL * limit]
+    full = [wire_name(problem.fabric, wire) for wire, used, limit in routed.wires if used >= FULL * limit]
     sums: dict[str, list[float]] = {}
     for each in replicas:
         total = sums.setdefault(each.role, [0.0, 0.0])
@@ -206,8 +212,9 @@ def _mean(weighted: list[tuple[float, float]]) -> float:
     return sum(weight * value for weight, value in weighted) / total if total else 0.0
 
 
-def _wire(problem: Problem, wire: Wire) -> str:
-    machines = problem.fabric.cluster.machines
+def wire_name(fabric: Fabric, wire: Wire) -> str:
+    """``h100 out``, ``a to b``, ``site one to two``."""
+    machines = fabric.cluster.machines
     if wire[0] in ("out", "in"):
         return f"{machines[int(wire[1])].name} {wire[0]}"
     if wire[0] == "link":
