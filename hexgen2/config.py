@@ -99,7 +99,17 @@ class KvConfig(Config):
         "auto",
         description="auto: tcp speaks TLS where the worker has certificates; require: nothing else may do",
     )
-    host: str = Field("127.0.0.1", description="address that the KV plane binds and tells its peers (TCP transport)")
+    host: str = Field(
+        "127.0.0.1",
+        description="address that the KV plane binds and tells its peers (TCP transport); "
+        "several, separated by commas, share each transfer",
+    )
+    devices: str = Field(
+        "", description="UCX network devices (mlx5_0:1); several, separated by commas, share each transfer"
+    )
+    stall_s: float = Field(
+        10.0, gt=0, description="a route that carried no byte for so long, though asked, is given up"
+    )
     send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker")
     staging_bytes: int = Field(256 * MIB, ge=1, description="staging of a decode worker")
     landing_bytes: int = Field(64 * MIB, ge=1, description="registered memory that reads land in")

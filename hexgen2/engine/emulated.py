@@ -19,7 +19,7 @@ from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logpr
 from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv, restored
 from hexgen2.errors import EngineFailed, InvalidRequest
 from hexgen2.kv.agent import KvAgent
-from hexgen2.kv.choose import make_transport, transport_name
+from hexgen2.kv.choose import make_transports, transport_name
 from hexgen2.kv.codecs import NONE
 from hexgen2.kv.layout import rank_slices
 from hexgen2.kv.wire import chunk_span, num_chunks
@@ -90,11 +90,12 @@ class EmulatedEngine:
                 self._agent_socket,
                 rank_slice,
                 self.model.kv_shape,
-                make_transport(transport_name(kv, self._tls), kv.host, self._tls),
+                make_transports(transport_name(kv, self._tls), kv.host, kv.devices, self._tls),
                 device=torch.device("cpu"),
                 send_bytes=kv.send_bytes,
                 staging_bytes=kv.staging_bytes,
                 landing_bytes=kv.landing_bytes,
+                stall_s=kv.stall_s,
             )
             self._agents.append(agent)
         self._loop = asyncio.create_task(self._run())

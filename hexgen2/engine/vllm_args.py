@@ -69,6 +69,8 @@ def engine_args(
                 "transport": transport_name(kv, tls),
                 "tls": tls and tls.model_dump(mode="json"),
                 "host": kv.host,
+                "devices": kv.devices,
+                "stall_s": kv.stall_s,
                 "send_bytes": kv.send_bytes if role != "decode" else 0,
                 "staging_bytes": kv.staging_bytes if role != "prefill" else 0,
                 "landing_bytes": kv.landing_bytes if role != "prefill" else 0,

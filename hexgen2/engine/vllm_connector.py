@@ -26,7 +26,7 @@ from hexgen2.engine.vllm_rank import RankKv
 from hexgen2.engine.vllm_sends import Load, Send, Sends
 from hexgen2.errors import ConfigError
 from hexgen2.kv.agent import KvAgent, count
-from hexgen2.kv.choose import make_transport
+from hexgen2.kv.choose import make_transports
 from hexgen2.kv.wire import KvShape, RankSlice
 
 #: Keys of a request's ``kv_transfer_params``: the id of the transfer to send its KV to, or to load it from.
@@ -154,11 +154,17 @@ class HexgenConnector(KVConnectorBase_V1):
             self._socket,
             rank_slice,
             shape,
-            make_transport(self._option("transport"), self._option("host"), tls and TlsConfig.model_validate(tls)),
+            make_transports(
+                self._option("transport"),
+                self._option("host"),
+                self._option("devices"),
+                tls and TlsConfig.model_validate(tls),
+            ),
             device=cache.device,
             send_bytes=self._option("send_bytes"),
             staging_bytes=self._option("staging_bytes"),
             landing_bytes=self._option("landing_bytes"),
+            stall_s=self._option("stall_s"),
         )
         self._rank = RankKv(agent, layout, caches, self._block_size)
 

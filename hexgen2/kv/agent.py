@@ -8,6 +8,7 @@ import os
 import selectors
 import socket
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
@@ -38,6 +39,7 @@ from hexgen2.kv.messages import (
     agent_reader,
     encode,
 )
+from hexgen2.kv.reads import CHECK_S
 from hexgen2.kv.send_buffer import SendBuffer
 from hexgen2.kv.staging import StagedKv, Staging
 from hexgen2.kv.transport import Transport
@@ -76,12 +78,13 @@ class KvAgent:
         socket_path: Path,
         rank_slice: RankSlice,
         shape: KvShape,
-        transport: Transport,
+        transports: Sequence[Transport],
         *,
         device: torch.device,
         send_bytes: int,
         staging_bytes: int,
         landing_bytes: int,
+        stall_s: float,
     ) -> None:
         """Allocate and register the buffers, say hello at ``socket_path`` and start the thread.
 
@@ -96,10 +99,17 @@ class KvAgent:
         ):
             if size < least:
                 raise ConfigError(f"kv.{name} is {size}; this model needs at least {least} per rank")
-        self._transport = transport
+        self._transports = tuple(transports)
         self._device = device
         self._send = SendBuffer(self._layout, send_bytes, device)
-        self._staging = Staging(self._layout, transport, device, staging_bytes, landing_bytes if staging_bytes else 0)
+        self._staging = Staging(
+            self._layout,
+            transports,
+            device,
+            staging_bytes=staging_bytes,
+            landing_bytes=landing_bytes if staging_bytes else 0,
+            stall_s=stall_s,
+        )
         self._socket_path = socket_path
         self._puts: deque[_Put] = deque()
         self._put_bytes = 0
@@ -188,15 +198,17 @@ class KvAgent:
                 log.exception("KV agent stopped")
         finally:
             self._ready.set()
-            self._transport.close()
+            for transport in self._transports:
+                transport.close()
             self._wake_out.close()
             self._wake_in.close()
 
     def _serve(self) -> None:
-        self._transport.register(
-            self._send.buffer if self._send.num_pages else None,
-            self._staging.reads.landing if self._staging.num_pages else None,
-        )
+        for transport in self._transports:
+            transport.register(
+                self._send.buffer if self._send.num_pages else None,
+                self._staging.reads.landing if self._staging.num_pages else None,
+            )
         reader = agent_reader()
         with socket.socket(socket.AF_UNIX) as service, selectors.DefaultSelector() as selector:
             service.settimeout(START_TIMEOUT_S)
@@ -208,24 +220,28 @@ class KvAgent:
                     send_pages=self._send.num_pages,
                     staging_pages=self._staging.num_pages,
                     page_bytes=self._layout.page_bytes,
-                    endpoint=self._transport.endpoint(),
-                    transport=self._transport.name,
-                    transport_detail=self._transport.describe(),
+                    endpoints=tuple(transport.endpoint() for transport in self._transports),
+                    transport=self._transports[0].name,
+                    transport_detail=self._transports[0].describe(),
                     pid=os.getpid(),
                 )
             )
             selector.register(service, selectors.EVENT_READ)
             selector.register(self._wake_out, selectors.EVENT_READ)
-            for fd in self._transport.selectable():
-                selector.register(fd, selectors.EVENT_READ)
+            for transport in self._transports:
+                for fd in transport.selectable():
+                    selector.register(fd, selectors.EVENT_READ)
             while not self._stopping:
                 self._drain(service)
                 self._ready.set()
                 serving = self._send.num_open > 0 or monotonic() < self._serve_until
-                self._transport.serving(serving)
-                poll = self._transport.needs_poll() or bool(self._puts)
-                events = selector.select(0 if poll else None)
-                if poll and not events:
+                for transport in self._transports:
+                    transport.serving(serving)
+                poll = bool(self._puts) or any(transport.needs_poll() for transport in self._transports)
+                moved = self._staging.reads.moved
+                wait_s = CHECK_S if self._staging.reads.busy else None
+                events = selector.select(0 if poll or moved else wait_s)
+                if poll and not events and not moved:
                     sleep(POLL_S if self._staging.reads.num_open or self._puts else SERVE_POLL_S)
                 for key, _ in events:
                     if key.fileobj is self._wake_out:

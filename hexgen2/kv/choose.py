@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from hexgen2.config import KvConfig, TlsConfig
 from hexgen2.errors import ConfigError
 from hexgen2.kv.tcp import TcpTransport
-from hexgen2.kv.transport import Transport
+from hexgen2.kv.transport import MAX_ROUTES, Transport
 from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport, has_rdma, is_loopback
 from hexgen2.tls import load_tls
 
@@ -20,6 +20,8 @@ def transport_name(config: KvConfig, tls: TlsConfig | None = None) -> str:
     Raises:
         ConfigError: ucx is asked for and NIXL is not installed; TLS is required and cannot be.
     """
+    if config.devices and config.transport == "tcp":
+        raise ConfigError("kv.devices: only ucx takes devices; name addresses in kv.host for tcp")
     if config.tls == "require":
         if tls is None:
             raise ConfigError("kv.tls: require needs certificates; see tls")
@@ -31,16 +33,30 @@ def transport_name(config: KvConfig, tls: TlsConfig | None = None) -> str:
     if config.transport == "ucx" and not have_nixl:
         raise ConfigError("kv.transport: ucx needs NIXL; install nixl-cu12 (or nixl-cu13), or choose tcp")
     if config.transport == "auto":
-        return "ucx" if have_nixl and (is_loopback(config.host) or has_rdma()) else tcp
+        loopback = all(map(is_loopback, _parts(config.host)))
+        return "ucx" if have_nixl and (loopback or has_rdma()) else tcp
     return tcp if config.transport == "tcp" else config.transport
 
 
-def make_transport(name: str, host: str, tls: TlsConfig | None = None) -> Transport:
-    """The transport of that name. ``host`` is the address that its plane binds; ``tls`` is for one that speaks TLS.
+def make_transports(name: str, host: str, devices: str = "", tls: TlsConfig | None = None) -> list[Transport]:
+    """One transport of that name for each address in ``host`` (tcp) or each of ``devices`` (ucx); commas separate them.
+
+    A peer's k-th is reached from our k-th, so both ends list their networks in the same order. ``tls`` is for one that
+    speaks TLS.
 
     Raises:
-        ConfigError: an address or certificates that cannot be used.
+        ConfigError: an address, a device or certificates that cannot be used, or too many.
     """
+    hosts = _parts(host) or [host]
+    ways = _parts(devices) or [""] if name == "ucx" else hosts
+    if len(ways) > MAX_ROUTES or len(set(ways)) < len(ways):
+        field = "kv.devices" if name == "ucx" else "kv.host"
+        raise ConfigError(f"{field}: {len(ways)} given; at most {MAX_ROUTES}, all different")
     if name == "ucx":
-        return UcxTransport(host)
-    return TcpTransport(host, load_tls(tls) if name == "tcp+tls" else None)
+        return [UcxTransport(hosts[0], device) for device in ways]
+    files = load_tls(tls) if name == "tcp+tls" else None
+    return [TcpTransport(each, files, bind=len(ways) > 1) for each in ways]
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -56,13 +56,21 @@ class _Read:
     polls_left: int
     dropped_at: int | None = None  # network._num_releases then
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(span.num_bytes for span in self.spans)
+
 
 class MemoryTransport:
     """See the module and ``transport.Transport``."""
 
     name = "memory"
+    local = "memory"
 
-    def __init__(self, network: MemoryNetwork) -> None:
+    def __init__(self, network: MemoryNetwork, bytes_per_poll: int | None = None) -> None:
+        #: What our reads get each poll, one read after another; None: all they want. 0 is a silent link.
+        self.bytes_per_poll = bytes_per_poll
+        self._earned_bytes = 0
         self._network = network
         self._endpoint = network.join(self)
         self._send: torch.Tensor | None = None
@@ -93,13 +101,28 @@ class MemoryTransport:
     def poll(self) -> Sequence[tuple[int, TransportError | None]]:
         """Perform what is due, in the order it was posted."""
         over: list[tuple[int, TransportError | None]] = []
+        if self._reads and self.bytes_per_poll is not None:
+            self._earned_bytes += self.bytes_per_poll
         for handle, read in list(self._reads.items()):
+            if self.bytes_per_poll is not None:
+                if self._earned_bytes < read.num_bytes:
+                    break
+                self._earned_bytes -= read.num_bytes
             if read.polls_left > 0:
                 read.polls_left -= 1
             elif not self._is_dropped(read):
                 over.append((handle, self._perform(read)))
                 del self._reads[handle]
+        if not self._reads:
+            self._earned_bytes = 0
         return over
+
+    def landed_bytes(self, handle: int) -> int:
+        """Nobody can tell."""
+        return 0
+
+    def cut(self, endpoint: bytes) -> None:
+        """Nothing to do: reads stay open until they are over."""
 
     def serving(self, active: bool) -> None:
         """Nothing to do: readers copy by themselves."""

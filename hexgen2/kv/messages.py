@@ -28,10 +28,11 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A sending rank: what it holds, how to read from it, and where each chunk's page begins in its buffer."""
+    """A sending rank: what it holds, where to read from it (one endpoint for each of its transports), and where each
+    chunk's page begins in its buffer."""
 
     slice: RankSlice
-    endpoint: bytes
+    endpoints: tuple[bytes, ...]
     page_offsets: tuple[int, ...]
 
 
@@ -85,7 +86,7 @@ class Hello(Message, frozen=True):
     send_pages: int
     staging_pages: int
     page_bytes: int
-    endpoint: bytes
+    endpoints: tuple[bytes, ...]
     transport: str
     transport_detail: str
     pid: int
@@ -110,6 +111,15 @@ class Ready(Message, frozen=True):
     pieces: tuple[Piece, ...]
 
 
+class RouteShare(msgspec.Struct, frozen=True, array_like=True):
+    """What one route carried of a transfer: from its first read to its last verified piece, ns since 1970."""
+
+    name: str
+    num_bytes: int
+    began_ns: int
+    ended_ns: int
+
+
 class Fetched(Message, frozen=True):
     """Everything this rank needs of the transfer is in staging and verified."""
 
@@ -120,6 +130,7 @@ class Fetched(Message, frozen=True):
     verify_s: float
     #: What carried it, for people: ``Transport.describe()`` after the last read.
     transport_detail: str
+    routes: tuple[RouteShare, ...] = ()
 
 
 class Failed(Message, frozen=True):

@@ -1,28 +1,48 @@
-"""The registered memory that reads land in, and the reads: queued by peer, posted in bundles, each piece in a slot.
+"""The registered memory that reads land in, and the reads: queued by peer, taken by routes in bundles, each piece in a
+slot. A route that breaks or stalls leaves its pieces to the others; only without any are they lost.
 
 A slot is reused only once its read is known to be over, also when nobody wants what it reads any more: until then it
-is in quarantine.
+is in quarantine. A route whose given-up reads are not over gets no new ones, so a peer's quarantine does not grow.
 """
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from time import monotonic, time_ns
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from hexgen2.kv.route import Route, is_tail, room_bytes
 from hexgen2.kv.transport import Span, Transport, TransportError
 
-#: Reads are posted in bundles of at most so many pieces: few enough to overlap reading with verifying.
+#: Reads are posted in bundles of at most so many pieces and about so many bytes: few enough to overlap reading with
+#: verifying and to be in the cache when they are verified, enough to pay for a read.
 MAX_PIECES_PER_READ = 32
+MAX_READ_BYTES = 1 << 20
+#: While reads are open or wait, ``pump`` must be called at least so often.
+CHECK_S = 0.25
+# Peers that have nothing to do are forgotten beyond this many, oldest first: restarted ones leave endpoints behind.
+_MAX_PEERS = 256
+
+
+@dataclass(slots=True)
+class RouteUse:
+    """What a route did for one transfer. Nanoseconds since 1970."""
+
+    num_bytes: int
+    began_ns: int
+    ended_ns: int
 
 
 @dataclass(slots=True)
 class Claim:
-    """One transfer's share of the slots. No longer ``wanted`` after ``Reads.drop``."""
+    """One transfer's share of the slots. No longer ``wanted`` after ``Reads.drop``. ``routes``: by name."""
 
     wanted: bool = True
     num_slots: int = 0
+    routes: dict[str, RouteUse] = field(default_factory=dict)
 
 
 class Readable(Protocol):
@@ -33,8 +53,8 @@ class Readable(Protocol):
         """Whose it is."""
 
     @property
-    def peer(self) -> bytes:
-        """Endpoint of the rank it is read from."""
+    def peer(self) -> tuple[bytes, ...]:
+        """Endpoints of the rank it is read from, one for each of its transports."""
 
     @property
     def remote_offset(self) -> int:
@@ -48,20 +68,66 @@ class Readable(Protocol):
 J = TypeVar("J", bound=Readable)
 
 
-class Reads(Generic[J]):
-    """``landing`` is to be registered with the transport. One thread calls everything."""
+@dataclass(slots=True)
+class _Peer(Generic[J]):
+    routes: tuple[Route, ...]
+    jobs: deque[J] = field(default_factory=deque)
+    waiting_bytes: int = 0
+    num_slots: int = 0
+    reads: "dict[int, _Read[J]]" = field(default_factory=dict)
 
-    def __init__(self, transport: Transport, landing_bytes: int, slot_bytes: int, device: torch.device) -> None:
+
+@dataclass(slots=True)
+class _Read(Generic[J]):
+    handle: int
+    peer: _Peer[J]
+    route: Route
+    bundle: list[tuple[J, int]]
+    num_bytes: int
+    incident: int
+    posted_at: float
+    posted_ns: int
+    landed_bytes: int = 0
+    abandoned: bool = False
+
+
+class Reads(Generic[J]):
+    """``landing`` is to be registered with every transport. One thread calls everything.
+
+    Args:
+        transports: ours, in order; see ``add``.
+        landing_bytes: of ``landing``.
+        slot_bytes: the longest piece.
+        device: of ``landing``.
+        stall_s: a route on which no byte has come for so long, though reads are open, is given up.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        transports: Sequence[Transport],
+        landing_bytes: int,
+        slot_bytes: int,
+        device: torch.device,
+        stall_s: float,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self.landing = torch.empty(landing_bytes // slot_bytes * slot_bytes, dtype=torch.uint8, device=device)
-        self._transport = transport
+        self._transports = tuple(transports)
         self._slot_bytes = slot_bytes
+        self._stall_s = stall_s
+        self.moved = False
         self._num_slots = landing_bytes // slot_bytes
         self._slots = list(range(self._num_slots))
-        #: By peer, first come first served; peers take turns.
-        self._jobs: OrderedDict[bytes, deque[J]] = OrderedDict()
-        self._slots_of: Counter[bytes] = Counter()
-        self._open: dict[int, list[tuple[J, int]]] = {}
+        #: Oldest use first.
+        self._peers: OrderedDict[tuple[bytes, ...], _Peer[J]] = OrderedDict()
+        #: Those with pieces to read: they take turns.
+        self._waiting: OrderedDict[tuple[bytes, ...], _Peer[J]] = OrderedDict()
+        self._open: dict[tuple[int, int], _Read[J]] = {}
         self._num_quarantined = 0
+        self._clock, self._clocked, self._now = clock, clock(), 0.0
+        self._checked_at = 0.0
+        self._full_since: float | None = None
 
     @property
     def quarantine_bytes(self) -> int:
@@ -73,9 +139,23 @@ class Reads(Generic[J]):
         """Reads that are not over."""
         return len(self._open)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is open or waits, so that ``pump`` must be called every ``CHECK_S``."""
+        return bool(self._open or self._waiting)
+
     def add(self, job: J) -> None:
-        """Queue a read; ``pump`` posts it."""
-        self._jobs.setdefault(job.peer, deque()).append(job)
+        """Queue a read; ``pump`` posts it. The k-th of our transports reads from the k-th of the peer's endpoints;
+        where one side has fewer, its own serve again."""
+        peer = self._peers.get(job.peer)
+        if peer is None:
+            self._forget_idle()
+            ours, theirs = len(self._transports), len(job.peer)
+            pairs = ((k % ours, job.peer[k % theirs]) for k in range(max(ours, theirs)))
+            peer = self._peers[job.peer] = _Peer(tuple(Route(transport, endpoint) for transport, endpoint in pairs))
+        peer.jobs.append(job)
+        peer.waiting_bytes += job.num_bytes
+        self._waiting.setdefault(job.peer, peer)
 
     def drop(self, claim: Claim) -> None:
         """Nobody wants the reads of this claim any more. Idempotent."""
@@ -83,55 +163,192 @@ class Reads(Generic[J]):
             claim.wanted = False
             self._num_quarantined += claim.num_slots
 
-    def pump(self) -> list[tuple[J, TransportError]]:
-        """Post what fits the free slots, bundled by peer, peers in turn. Returns what cannot be read."""
-        failed: list[tuple[J, TransportError]] = []
-        for peer in list(self._jobs):
-            bundle = self._bundle(peer)
-            if not bundle:
-                continue
-            spans = [Span(job.remote_offset, slot * self._slot_bytes, job.num_bytes) for job, slot in bundle]
+    def poll(self) -> Iterator[tuple[J, torch.Tensor]]:
+        """Pieces still wanted that have landed; the bytes are valid until the next is asked for."""
+        for number, transport in enumerate(self._transports):
+            for handle, error in transport.poll():
+                read = self._open.pop((number, handle))
+                del read.peer.reads[id(read)]
+                yield from self._over(read, error)
+
+    def pump(self) -> list[tuple[J, str]]:
+        """Let each route take one read, if it has room, peers in turn. Returns what cannot be read, and why.
+
+        Call it again soon if it ``moved`` anything.
+        """
+        now = self._attend()
+        lost: list[tuple[J, str]] = []
+        if now - self._checked_at >= CHECK_S:
+            self._checked_at = now
+            self._check(now)
+        if self._open and not self._waiting:
+            self._hurry(now)
+        self.moved = False
+        for key, peer in list(self._waiting.items()):
+            for route in peer.routes:
+                self.moved |= self._take(peer, route, now)
+            if not peer.jobs:
+                del self._waiting[key]
+            elif all(route.is_broken(now) for route in peer.routes):
+                lost += self._lose(key, "; ".join(dict.fromkeys(route.error for route in peer.routes)))
+            else:
+                self._waiting.move_to_end(key)
+        return lost + self._check_room(now)
+
+    def _over(self, read: _Read[J], error: TransportError | None) -> Iterator[tuple[J, torch.Tensor]]:
+        now, route = self._attend(), read.route
+        if read.abandoned:
+            route.num_abandoned -= 1
+        if error is None:
+            # Also of a read that was given up: it tells how fast the route is.
+            route.landed(read.num_bytes, now)
+        else:
+            route.open_bytes -= read.num_bytes
+            route.failed(read.incident, str(error), now)
+        if error is not None and not read.abandoned:
+            self._requeue(read)
+        for job, slot in read.bundle:
             try:
-                self._open[self._transport.read(peer, spans)] = bundle
-            except TransportError as error:
-                for job, slot in bundle:
-                    self._free(job, slot)
-                    failed.append((job, error))
-        return failed
+                if error is None and not read.abandoned and job.claim.wanted:
+                    self._note(job, read)
+                    at = slot * self._slot_bytes
+                    yield job, self.landing[at : at + job.num_bytes]
+            finally:
+                self._free(read, job, slot)
 
-    def poll(self) -> Iterator[tuple[J, torch.Tensor | TransportError]]:
-        """Pieces still wanted whose reads are over: the landed bytes (valid until the next) or the error."""
-        for handle, error in self._transport.poll():
-            for job, slot in self._open.pop(handle):
-                try:
-                    if job.claim.wanted:
-                        at = slot * self._slot_bytes
-                        yield job, self.landing[at : at + job.num_bytes] if error is None else error
-                finally:
-                    self._free(job, slot)
-
-    def _bundle(self, peer: bytes) -> list[tuple[J, int]]:
-        """The next pieces to read from one peer, each with its slot. The peer goes to the end of the line."""
+    def _take(self, peer: _Peer[J], route: Route, now: float) -> bool:
+        """Post one read of the next pieces on this route, if it has room. Whether it did anything."""
+        while peer.jobs and not peer.jobs[0].claim.wanted:
+            peer.waiting_bytes -= peer.jobs.popleft().num_bytes
+        if not peer.jobs:
+            return False
         # A peer that is slow or stopped may hold half of the slots, never all: the others' transfers go on.
-        share = max(1, self._num_slots // 2) - self._slots_of[peer]
-        jobs = self._jobs.pop(peer)
+        share = max(1, (self._num_slots - self._num_quarantined) // 2) - peer.num_slots
+        piece_bytes = peer.jobs[0].num_bytes
+        limit_bytes = sum(each.open_bytes for each in peer.routes) + share * piece_bytes
+        room = min(room_bytes(route, peer.routes, peer.waiting_bytes, piece_bytes, limit_bytes, now), MAX_READ_BYTES)
         bundle: list[tuple[J, int]] = []
-        while jobs and self._slots and len(bundle) < min(share, MAX_PIECES_PER_READ):
-            job = jobs.popleft()
+        num_bytes = 0
+        while peer.jobs and self._slots and room > 0 and len(bundle) < min(share, MAX_PIECES_PER_READ):
+            job = peer.jobs[0]
+            if bundle and num_bytes + job.num_bytes > room:
+                break
+            peer.waiting_bytes -= peer.jobs.popleft().num_bytes
             if job.claim.wanted:
                 job.claim.num_slots += 1
+                peer.num_slots += 1
+                num_bytes += job.num_bytes
                 bundle.append((job, self._slots.pop()))
-        self._slots_of[peer] += len(bundle)
-        if jobs:
-            self._jobs[peer] = jobs
-        return bundle
+        if not bundle:
+            return False
+        read = _Read(0, peer, route, bundle, num_bytes, route.incident, now, time_ns())
+        spans = [Span(job.remote_offset, slot * self._slot_bytes, job.num_bytes) for job, slot in bundle]
+        route.posted(num_bytes, now)
+        try:
+            read.handle = self._transports[route.transport].read(route.endpoint, spans)
+        except TransportError as error:
+            route.open_bytes -= num_bytes
+            route.failed(read.incident, str(error), now)
+            self._requeue(read)
+            for job, slot in bundle:
+                self._free(read, job, slot)
+            return True
+        self._open[route.transport, read.handle] = read
+        peer.reads[id(read)] = read
+        return True
 
-    def _free(self, job: J, slot: int) -> None:
+    def _check(self, now: float) -> None:
+        """Give up routes that have stalled."""
+        for peer in {id(read.peer): read.peer for read in self._open.values()}.values():
+            for read in peer.reads.values():
+                landed = self._transports[read.route.transport].landed_bytes(read.handle)
+                if landed > read.landed_bytes:
+                    read.landed_bytes = landed
+                    read.route.progress_at = now
+            for route in peer.routes:
+                if route.open_bytes and not route.num_abandoned and now - route.progress_at > self._stall_s:
+                    route.failed(route.incident, f"no byte for {self._stall_s:g} s", now, forgive=False)
+                    for read in peer.reads.values():
+                        if read.route is route:
+                            self._abandon(read)
+                    self._transports[route.transport].cut(route.endpoint)
+
+    def _hurry(self, now: float) -> None:
+        """Everything is asked for and a route has nothing to do: let it do again what a slow one is far from."""
+        for peer in {id(read.peer): read.peer for read in self._open.values()}.values():
+            idle = [route for route in peer.routes if not route.open_bytes]
+            if idle:
+                for read in reversed(peer.reads.values()):
+                    open_s = now - read.posted_at
+                    if not read.abandoned and is_tail(read.route, idle, read.num_bytes, open_s, now):
+                        self._abandon(read)
+                        break
+
+    def _abandon(self, read: _Read[J]) -> None:
+        """Leave the read's pieces to other routes; its slots wait until it is over."""
+        if read.abandoned:
+            return
+        read.abandoned = True
+        read.route.num_abandoned += 1
+        self._requeue(read)
+        for job, _ in read.bundle:
+            if job.claim.wanted:
+                self._num_quarantined += 1
+            job.claim.num_slots -= 1
+
+    def _requeue(self, read: _Read[J]) -> None:
+        """The read's pieces are next."""
+        jobs = [job for job, _ in read.bundle if job.claim.wanted]
+        if jobs:
+            peer = read.peer
+            peer.jobs.extendleft(reversed(jobs))
+            peer.waiting_bytes += sum(job.num_bytes for job in jobs)
+            self._waiting.setdefault(jobs[0].peer, peer)
+
+    def _free(self, read: _Read[J], job: J, slot: int) -> None:
         """Nothing writes this slot any more."""
-        job.claim.num_slots -= 1
-        if not job.claim.wanted:
+        if read.abandoned:
             self._num_quarantined -= 1
+        else:
+            job.claim.num_slots -= 1
+            if not job.claim.wanted:
+                self._num_quarantined -= 1
         self._slots.append(slot)
-        self._slots_of[job.peer] -= 1
-        if not self._slots_of[job.peer]:
-            del self._slots_of[job.peer]
+        read.peer.num_slots -= 1
+
+    def _lose(self, key: tuple[bytes, ...], why: str) -> list[tuple[J, str]]:
+        peer = self._waiting.pop(key)
+        lost = [(job, why) for job in peer.jobs if job.claim.wanted]
+        peer.jobs.clear()
+        peer.waiting_bytes = 0
+        return lost
+
+    def _check_room(self, now: float) -> list[tuple[J, str]]:
+        """Where quarantine has held every slot for too long, whoever waits is sent elsewhere."""
+        if not self._waiting or self._num_quarantined < self._num_slots:
+            self._full_since = None
+        elif self._full_since is None:
+            self._full_since = now
+        elif now - self._full_since > self._stall_s:
+            why = f"all {self._num_slots * self._slot_bytes} bytes of landing memory are in quarantine"
+            return [each for key in list(self._waiting) for each in self._lose(key, why)]
+        return []
+
+    def _note(self, job: J, read: _Read[J]) -> None:
+        transport = self._transports[read.route.transport]
+        use = job.claim.routes.setdefault(f"{transport.name}/{transport.local}", RouteUse(0, read.posted_ns, 0))
+        use.num_bytes += job.num_bytes
+        use.ended_ns = time_ns()
+
+    def _attend(self) -> float:
+        """Seconds that this thread has attended to its reads. While it is stopped, peers cannot be late."""
+        clocked = self._clock()
+        self._now += min(clocked - self._clocked, 4 * CHECK_S if self._open else inf)
+        self._clocked = clocked
+        return self._now
+
+    def _forget_idle(self) -> None:
+        excess = len(self._peers) - _MAX_PEERS + 1
+        idle = [key for key, peer in self._peers.items() if not peer.reads and not peer.jobs]
+        for key in idle[: max(0, excess)]:
+            del self._peers[key]

@@ -2,7 +2,7 @@
 so that what was verified is what is loaded, whatever still happens to the slot it landed in.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
@@ -13,11 +13,11 @@ import torch
 
 from hexgen2.kv.codec import to_wire
 from hexgen2.kv.layout import Pick, plan_picks
-from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, Source, ToService
+from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, RouteShare, Source, ToService
 from hexgen2.kv.pieces import TORCH_DTYPE, PieceFormat
 from hexgen2.kv.quantise import Coder
 from hexgen2.kv.reads import Claim, Reads
-from hexgen2.kv.transport import Transport, TransportError
+from hexgen2.kv.transport import Transport
 from hexgen2.kv.wire import CHUNK_TOKENS, PageLayout, chunk_span, num_chunks
 
 
@@ -61,8 +61,8 @@ class _Job:
         return self.recv.claim
 
     @property
-    def peer(self) -> bytes:
-        return self.source.endpoint
+    def peer(self) -> tuple[bytes, ...]:
+        return self.source.endpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,20 @@ class Staging:
     """The agent's thread calls everything but ``staged`` and ``unpin``, which belong to the engine's forward thread."""
 
     def __init__(
-        self, layout: PageLayout, transport: Transport, device: torch.device, staging_bytes: int, landing_bytes: int
+        self,
+        layout: PageLayout,
+        transports: Sequence[Transport],
+        device: torch.device,
+        *,
+        staging_bytes: int,
+        landing_bytes: int,
+        stall_s: float,
     ) -> None:
         self.layout = layout
         self.device = device
         self.num_pages = staging_bytes // layout.page_bytes
-        self.reads: Reads[_Job] = Reads(transport, landing_bytes, layout.slot_bytes, device)
-        self._transport = transport
+        self.reads: Reads[_Job] = Reads(transports, landing_bytes, layout.slot_bytes, device, stall_s)
+        self._transports = tuple(transports)
         self._pages = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
         self._recvs: dict[str, _Recv] = {}
         self._lock = Lock()
@@ -157,12 +164,9 @@ class Staging:
         """Post reads, verify what has landed, report what is complete or broken."""
         messages: list[ToService] = []
         for job, landed in self.reads.poll():
-            if isinstance(landed, TransportError):
-                messages += self._fail(job.recv, "lost", str(landed))
-            else:
-                messages += self._verify(job, landed)
-        for job, error in self.reads.pump():
-            messages += self._fail(job.recv, "lost", str(error))
+            messages += self._verify(job, landed)
+        for job, why in self.reads.pump():
+            messages += self._fail(job.recv, "lost", why)
         return messages
 
     def close(self, transfer_id: str) -> bool:
@@ -220,8 +224,9 @@ class Staging:
         recv.num_pieces += 1
         if recv.num_remaining:
             return []
-        detail = self._transport.describe()
-        return [Fetched(recv.request.transfer_id, recv.num_bytes, recv.num_pieces, recv.verify_s, detail)]
+        detail = ", ".join(dict.fromkeys(transport.describe() for transport in self._transports))
+        routes = tuple(RouteShare(n, use.num_bytes, use.began_ns, use.ended_ns) for n, use in recv.claim.routes.items())
+        return [Fetched(recv.request.transfer_id, recv.num_bytes, recv.num_pieces, recv.verify_s, detail, routes)]
 
     def _fail(self, recv: _Recv, reason: Literal["corrupt", "lost"], detail: str) -> list[ToService]:
         if recv.failed:

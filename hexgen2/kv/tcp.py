@@ -30,13 +30,15 @@ class TcpTransport:
     Args:
         host: address or name that the send buffer is served on and that peers are told.
         tls: certificates; every connection is TLS then. Both sides of a transfer must have the same name.
+        bind: connect to peers from that address, too: where a rank has several, each is a way of its own.
     """
 
-    def __init__(self, host: str, tls: TlsFiles | None = None) -> None:
+    def __init__(self, host: str, tls: TlsFiles | None = None, *, bind: bool = False) -> None:
         if host in ("", "0.0.0.0", "::"):
             raise ConfigError(f"kv.host: {host!r} is not an address that peers can connect to")
         self.name = "tcp" if tls is None else "tcp+tls"
-        self._host = host
+        self._host = self.local = host
+        self._bind = host if bind else ""
         self._streams = Streams(tls)
         self._selector = selectors.DefaultSelector()
         self._server: ReadServer | None = None
@@ -74,7 +76,7 @@ class TcpTransport:
         connection = self._connections.pop(endpoint, None)
         if connection is None or connection.closed:
             self._close_idle()
-            connection = ReadConnection(peer, self._selector, self._is_over, self._streams)
+            connection = ReadConnection(peer, self._selector, self._is_over, self._streams, self._bind)
         self._connections[endpoint] = connection  # last in the order of use
         self._next_handle += 1
         connection.post(self._next_handle, spans, self._landing)
@@ -86,6 +88,16 @@ class TcpTransport:
             key.data(events)
         over, self._over = self._over, []
         return over
+
+    def landed_bytes(self, handle: int) -> int:
+        """Exact."""
+        return next((n for c in self._connections.values() if (n := c.landed_bytes(handle)) is not None), 0)
+
+    def cut(self, endpoint: bytes) -> None:
+        """Close the connection, which ends its reads."""
+        connection = self._connections.pop(endpoint, None)
+        if connection is not None:
+            connection.close("given up")
 
     def serving(self, active: bool) -> None:
         """Nothing to do: requests of peers make ``selectable`` readable."""

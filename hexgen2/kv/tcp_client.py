@@ -31,8 +31,15 @@ class ReadConnection:
     Once ``closed``, every read posted on it has been told to ``over`` and nothing writes its bytes any more.
     """
 
-    def __init__(self, endpoint: wire.Endpoint, selector: selectors.BaseSelector, over: Over, streams: Streams) -> None:
-        """Start to connect; does not block."""
+    def __init__(
+        self,
+        endpoint: wire.Endpoint,
+        selector: selectors.BaseSelector,
+        over: Over,
+        streams: Streams,
+        source: str = "",
+    ) -> None:
+        """Start to connect, from address ``source`` where it is given; does not block."""
         self.endpoint = endpoint
         self.closed = False
         self._selector, self._over = selector, over
@@ -51,6 +58,12 @@ class ReadConnection:
             raise TransportError(f"tcp: {error}") from error
         self._socket.setblocking(False)
         tune(self._socket)
+        if source:
+            try:
+                self._socket.bind((source, 0))
+            except OSError as error:
+                self._socket.close()
+                raise TransportError(f"tcp: cannot connect from {source}: {error}") from error
         code = self._socket.connect_ex((endpoint.host, endpoint.port))
         if code not in (0, errno.EINPROGRESS):
             self._socket.close()
@@ -70,6 +83,13 @@ class ReadConnection:
         self._out += wire.pack_request(read_id, spans)
         if self._stream is not None:
             self._progress(self._send)
+
+    def landed_bytes(self, read_id: int) -> int | None:
+        """Of an open read; None for a read that is not of this connection."""
+        for read in self._reads:
+            if read.read_id == read_id:
+                return read.num_bytes - sum(map(len, read.views))
+        return None
 
     def close(self, reason: str = "closed") -> None:
         """Give up all open reads with ``reason``. Idempotent."""

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Transports that a rank may have, each a route to a peer.
+MAX_ROUTES = 16
+
+
 class TransportError(Exception):
     """A read cannot be posted or did not succeed: the peer is gone, refused, or the endpoint is not ours."""
 
@@ -60,6 +64,8 @@ class Transport(Protocol):
 
     #: "ucx", "tcp" or "memory": both sides of a transfer must have the same.
     name: str
+    #: For people: the address or device that this one uses, where a rank has several.
+    local: str
 
     def register(self, send: "torch.Tensor | None", landing: "torch.Tensor | None") -> None:
         """Make ``send`` (uint8, 1-d, contiguous) readable by peers and ``landing`` writable by our reads."""
@@ -83,6 +89,13 @@ class Transport(Protocol):
         Returns the handles whose reads are *over* since the last call, each with its error or None.
         Only when a handle has been returned will nothing write its landing bytes any more.
         """
+
+    def landed_bytes(self, handle: int) -> int:
+        """How much of an open read is known to have landed, to see whether it goes on; 0 where nobody can tell."""
+
+    def cut(self, endpoint: bytes) -> None:
+        """Give up a peer that makes no progress. Its reads are over with the next ``poll``, in error, where this
+        transport can make sure of that; else they stay open until they are over by themselves."""
 
     def serving(self, active: bool) -> None:
         """Whether peers may be reading from us now, so that ``poll`` is needed even without own reads."""

@@ -80,11 +80,14 @@ class UcxTransport:
     Args:
         host: address of this rank's KV plane. On loopback UCX is bound to the loopback interface, unless
             ``UCX_NET_DEVICES`` says otherwise; elsewhere the choice is UCX's own.
+        device: a network device as UCX calls it (``mlx5_0:1``, ``eth0``), to use no other: where a rank has several,
+            each is a way of its own. Empty: as above.
     """
 
     name = "ucx"
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self, host: str = "127.0.0.1", device: str = "") -> None:
+        self.local = device or host
         _prepare_environment(host)
         self._read_path: str | None = None
         with ucx_logged() as self._log:
@@ -92,10 +95,12 @@ class UcxTransport:
             # The name is new in every process, so that no peer takes a restarted one for its predecessor.
             self._agent: Any = api.nixl_agent(
                 f"hexgen2-{os.getpid()}-{secrets.token_hex(8)}",
-                api.nixl_agent_config(enable_prog_thread=False, backends=_BACKENDS),
+                api.nixl_agent_config(enable_prog_thread=False, backends=[]),
             )
-        if "UCX" not in self._agent.backends:
-            raise ConfigError("kv.transport: this build of NIXL has no UCX backend; choose tcp")
+            try:
+                self._agent.create_backend("UCX", {"ucx_devices": device} if device else {})
+            except self._errors as error:
+                raise ConfigError(f"kv.transport: UCX does not start on {device or 'any device'}: {error}") from error
         self._registered: list[tuple[Any, torch.Tensor]] = []  # NIXL's descriptors keep no memory alive
         self._endpoint = b""
         self._landing: torch.Tensor | None = None
@@ -177,6 +182,13 @@ class UcxTransport:
                 self._settle(handle, state)
         over, self._over = self._over, []
         return over
+
+    def landed_bytes(self, handle: int) -> int:
+        """UCX does not tell."""
+        return 0
+
+    def cut(self, endpoint: bytes) -> None:
+        """Nothing to do: a READ cannot be called back, see the module."""
 
     def serving(self, active: bool) -> None:
         """While True ``poll`` must be called, so that peers' connections and reads make progress."""

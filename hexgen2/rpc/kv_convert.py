@@ -4,6 +4,7 @@ from hexgen2.engine.base import FinishReason
 from hexgen2.errors import TransferRefused
 from hexgen2.kv.handoff import FirstToken, Header, Offer
 from hexgen2.kv.messages import Piece, Source
+from hexgen2.kv.transport import MAX_ROUTES
 from hexgen2.kv.wire import ITEM_BYTES, KvShape, RankSlice
 from hexgen2.rpc.convert import finish_from_proto, finish_to_proto, token_from_proto, token_to_proto
 from hexgen2.v1 import decode_pb2, prefill_pb2, types_pb2
@@ -37,7 +38,7 @@ def offer_to_proto(offer: Offer) -> prefill_pb2.KvHeader:
                 num_layers=source.slice.num_layers,
                 first_kv_head=source.slice.first_kv_head,
                 num_kv_heads=source.slice.num_kv_heads,
-                endpoint=source.endpoint,
+                endpoints=source.endpoints,
                 page_offsets=source.page_offsets,
             )
             for source in offer.sources
@@ -62,6 +63,10 @@ def offer_from_proto(message: prefill_pb2.KvHeader) -> Offer:
             and rank.first_kv_head + rank.num_kv_heads <= shape.num_kv_heads < _SHAPE_LIMIT
         ):
             raise TransferRefused(f"ranks: rank {rank.rank} lies outside the offered shape")
+        if not 1 <= len(rank.endpoints) <= MAX_ROUTES:
+            raise TransferRefused(
+                f"ranks: rank {rank.rank} has {len(rank.endpoints)} endpoints; 1 to {MAX_ROUTES} can be"
+            )
     header = Header(
         model_sha256=message.model_sha256,
         prompt_sha256=message.prompt_sha256,
@@ -74,7 +79,7 @@ def offer_from_proto(message: prefill_pb2.KvHeader) -> Offer:
     sources = tuple(
         Source(
             RankSlice(rank.rank, rank.first_layer, rank.num_layers, rank.first_kv_head, rank.num_kv_heads),
-            rank.endpoint,
+            tuple(rank.endpoints),
             tuple(rank.page_offsets),
         )
         for rank in message.ranks

@@ -278,15 +278,17 @@ class KvRank(_message.Message):
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     FIRST_KV_HEAD_FIELD_NUMBER: _builtins.int
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
-    ENDPOINT_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
     PAGE_OFFSETS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     first_layer: _builtins.int
     num_layers: _builtins.int
     first_kv_head: _builtins.int
     num_kv_heads: _builtins.int
-    endpoint: _builtins.bytes
-    """What the transport needs to read from this rank; opaque."""
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """What the transport needs to read from this rank, one for each way (network card) there is; opaque. 1 to 16."""
+
     @_builtins.property
     def page_offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Page c holds token chunk c; byte offset into the registered buffer."""
@@ -299,12 +301,12 @@ class KvRank(_message.Message):
         num_layers: _builtins.int = ...,
         first_kv_head: _builtins.int = ...,
         num_kv_heads: _builtins.int = ...,
-        endpoint: _builtins.bytes = ...,
+        endpoints: _abc.Iterable[_builtins.bytes] | None = ...,
         page_offsets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "first_kv_head", b"first_kv_head", "first_layer", b"first_layer", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_offsets", b"page_offsets", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "first_kv_head", b"first_kv_head", "first_layer", b"first_layer", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "page_offsets", b"page_offsets", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,7 +93,7 @@ class PrefillWorker:
                     job.transfer_id, job.token, transfer.header.num_tokens, job.codec, pages, hear
                 )
             hellos = self._ranks.hellos
-            transfer.hold(tuple(Source(h.slice, h.endpoint, tuple(p * h.page_bytes for p in pages)) for h in hellos))
+            transfer.hold(tuple(Source(h.slice, h.endpoints, tuple(p * h.page_bytes for p in pages)) for h in hellos))
             changes.notify()
             yield Admitted(now() - began)
             first = await self._first_token(job, job.transfer_id)

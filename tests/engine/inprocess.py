@@ -121,7 +121,7 @@ def engine(store: Store, config: VllmEngineConfig, role: str, **overrides: objec
     args |= overrides
     with (
         patch.object(vllm_connector, "KvAgent", make_agent),
-        patch.object(vllm_connector, "make_transport", lambda *_: None),
+        patch.object(vllm_connector, "make_transports", lambda *_: None),
         patch.object(vllm_connector, "count", count),
     ):
         llm = LLMEngine.from_engine_args(EngineArgs(**args))

@@ -59,7 +59,9 @@ class Replica:
                 agent.flush()
 
     def sources(self, pages: tuple[int, ...]) -> tuple[Source, ...]:
-        return tuple(Source(h.slice, h.endpoint, tuple(page * h.page_bytes for page in pages)) for h in self.hub.hellos)
+        return tuple(
+            Source(h.slice, h.endpoints, tuple(page * h.page_bytes for page in pages)) for h in self.hub.hellos
+        )
 
 
 @asynccontextmanager
@@ -71,6 +73,8 @@ async def replica(
     send_pages: int = 0,
     staging_pages: int = 0,
     landing_slots: int = 8,
+    num_routes: int = 1,
+    stall_s: float = 30.0,
 ) -> AsyncIterator[Replica]:
     with tempfile.TemporaryDirectory(prefix="hexgen2-") as folder:
         hub = Ranks(Path(folder) / "s", len(slices))
@@ -85,11 +89,12 @@ async def replica(
                         hub.socket_path,
                         part,
                         shape,
-                        transport(),
+                        [transport() for _ in range(num_routes)],
                         device=torch.device("cpu"),
                         send_bytes=send_pages * layout.page_bytes,
                         staging_bytes=staging_pages * layout.page_bytes,
                         landing_bytes=landing_slots * layout.layer_stride,
+                        stall_s=stall_s,
                     )
                 )
             await hub.wait_complete(DEADLINE_S)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hexgen2.kv.choose import make_transport
+from hexgen2.kv.choose import make_transports
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -76,7 +76,7 @@ def _main(pipe: Connection, name: str, num_bytes: int, seed: int, settings: dict
     os.environ.update(settings)
     torch.set_num_threads(1)
     send = contents(num_bytes, seed)
-    transport = make_transport(name, "127.0.0.1")
+    transport = make_transports(name, "127.0.0.1")[0]
     transport.register(send, None)
     transport.serving(True)
     pipe.send(transport.endpoint())

@@ -160,8 +160,8 @@ async def test_kv_of_another_transfer_is_refused_though_it_is_whole() -> None:
         assert [e.reason for e in events if isinstance(e, Failed)] == ["corrupt"]
 
 
-async def test_a_failed_read_is_reported_as_lost() -> None:
-    net = MemoryNetwork(fail=1)
+async def test_a_read_that_fails_again_is_reported_as_lost() -> None:
+    net = MemoryNetwork(fail=2)
     async with (
         replica(ONE, SHAPE, memory(net), send_pages=2) as sender,
         replica(ONE, SHAPE, memory(net), staging_pages=2) as receiver,
@@ -172,6 +172,41 @@ async def test_a_failed_read_is_reported_as_lost() -> None:
         receiver.hub.fetch("t", pieces)
         events = await inbox.wait(all_of(Failed, 1))
         assert [e.reason for e in events if isinstance(e, Failed)] == ["lost"]
+
+
+async def test_a_read_that_fails_once_is_tried_again() -> None:
+    net = MemoryNetwork(fail=1)
+    kv = random_kv(SHAPE, 200)
+    async with (
+        replica(ONE, SHAPE, memory(net), send_pages=2) as sender,
+        replica(ONE, SHAPE, memory(net), staging_pages=2) as receiver,
+    ):
+        pages, pieces = await send_all(sender, "t", kv)
+        inbox = Inbox()
+        await receive(receiver, sender, "t", 200, pages, inbox)
+        receiver.hub.fetch("t", pieces)
+        await inbox.wait(all_of(Fetched, 1))
+        assert net.fail == 0
+        assert torch.equal(assembled(receiver, "t", 200), kv)
+
+
+async def test_several_routes_carry_one_transfer() -> None:
+    net = MemoryNetwork()
+    kv = random_kv(SHAPE, 300)
+    async with (
+        replica(ONE, SHAPE, memory(net), send_pages=3, num_routes=3) as sender,
+        replica(ONE, SHAPE, memory(net), staging_pages=3, num_routes=2) as receiver,
+    ):
+        assert [len(s.endpoints) for s in sender.sources((0, 1, 2))] == [3]
+        pages, pieces = await send_all(sender, "t", kv)
+        inbox = Inbox()
+        await receive(receiver, sender, "t", 300, pages, inbox)
+        receiver.hub.fetch("t", pieces)
+        events = await inbox.wait(all_of(Fetched, 1))
+        fetched = next(e for e in events if isinstance(e, Fetched))
+        assert sum(route.num_bytes for route in fetched.routes) == fetched.num_bytes
+        assert all(0 < route.began_ns <= route.ended_ns for route in fetched.routes)
+        assert torch.equal(assembled(receiver, "t", 300), kv)
 
 
 async def test_slots_of_an_open_read_stay_in_quarantine_until_it_is_over() -> None:
@@ -278,11 +313,12 @@ async def test_a_buffer_that_cannot_hold_one_page_is_named(tmp_path: Path) -> No
             tmp_path / "s",
             ONE[0],
             SHAPE,
-            MemoryTransport(MemoryNetwork()),
+            [MemoryTransport(MemoryNetwork())],
             device=torch.device("cpu"),
             send_bytes=100,
             staging_bytes=0,
             landing_bytes=0,
+            stall_s=1.0,
         )
 
 

@@ -83,8 +83,12 @@ def sent(case: Case, network: MemoryNetwork) -> tuple[tuple[Source, ...], list[P
                 digests = buffer.put("t", layer, chunk, piece)
                 assert digests is not None
                 pieces.append(Piece(part.rank, layer, chunk, tuple(d % 2**64 for d in digests.tolist())))
-        sources.append(Source(part, transport.endpoint(), tuple(page * layout.page_bytes for page in pages)))
+        sources.append(Source(part, (transport.endpoint(),), tuple(page * layout.page_bytes for page in pages)))
     return tuple(sources), pieces
+
+
+def new_staging(layout: PageLayout, transport: MemoryTransport, staging_bytes: int, landing_bytes: int) -> Staging:
+    return Staging(layout, [transport], CPU, staging_bytes=staging_bytes, landing_bytes=landing_bytes, stall_s=10.0)
 
 
 def turned(staging: Staging) -> list[ToService]:
@@ -105,7 +109,7 @@ def received(case: Case, network: MemoryNetwork) -> tuple[torch.Tensor, int]:
         layout = PageLayout(case.shape(case.receiver), part)
         transport = MemoryTransport(network)
         chunks = num_chunks(case.num_tokens)
-        staging = Staging(layout, transport, CPU, chunks * layout.page_bytes, 3 * layout.slot_bytes)
+        staging = new_staging(layout, transport, chunks * layout.page_bytes, 3 * layout.slot_bytes)
         transport.register(None, staging.reads.landing)
         pages = tuple(range(chunks))
         staging.open(OpenRecv("t", TOKEN, case.num_tokens, case.codec, case.sender, pages, sources))
@@ -192,7 +196,7 @@ def test_failures_name_their_place() -> None:
     network = MemoryNetwork()
     sources, pieces = sent(case, network)
     transport = MemoryTransport(network)
-    staging = Staging(layout, transport, CPU, layout.page_bytes, layout.slot_bytes)
+    staging = new_staging(layout, transport, layout.page_bytes, layout.slot_bytes)
     transport.register(None, staging.reads.landing)
     # The receiver believes in another codec: the digest refuses what it reads.
     staging.open(OpenRecv("t", TOKEN, 10, "fp8", "float32", (0,), sources))

@@ -12,7 +12,7 @@ from hexgen2.kv.wire import KvShape, prompt_sha256
 
 SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
 HEADER = header_for(b"m" * 32, prompt_sha256((1, 2, 3)), 130, SHAPE, "tcp")
-SOURCE = Source(rank_slices([2], 2, 1)[0], b"endpoint", (0, 4096))
+SOURCE = Source(rank_slices([2], 2, 1)[0], (b"endpoint",), (0, 4096))
 OFFER = Offer(HEADER, (SOURCE,))
 PIECES = tuple(Piece(0, layer, chunk, (layer, chunk)) for layer in range(2) for chunk in range(2))
 FIRST = FirstToken(SampledToken(7), None, 0)
@@ -98,7 +98,7 @@ def test_what_was_not_asked_for_is_refused_by_name(field: str, changed: Header) 
     [
         ("ranks", ()),
         ("ranks", (SOURCE, SOURCE)),
-        ("page_offsets", (Source(SOURCE.slice, b"endpoint", (0,)),)),
+        ("page_offsets", (Source(SOURCE.slice, (b"endpoint",), (0,)),)),
     ],
     ids=str,
 )
@@ -134,7 +134,7 @@ def test_an_offer_may_come_again_but_not_another() -> None:
 
 
 def replace_endpoint(source: Source, endpoint: bytes) -> Source:
-    return Source(source.slice, endpoint, source.page_offsets)
+    return Source(source.slice, (endpoint,), source.page_offsets)
 
 
 def test_nothing_of_a_failed_transfer_is_ever_verified_and_the_first_reason_counts() -> None:

@@ -13,7 +13,7 @@ from hexgen2.kv.wire import KvShape, prompt_sha256
 SHAPE = KvShape(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
 SLICES = rank_slices([2], 2, 1)
 HEADER = header_for(b"m" * 32, prompt_sha256((1, 2, 3)), 130, SHAPE, "tcp")
-SOURCES = (Source(SLICES[0], b"endpoint", (0, 4096)),)
+SOURCES = (Source(SLICES[0], (b"endpoint",), (0, 4096)),)
 PIECES = [Piece(0, layer, chunk, (layer, chunk)) for layer in range(2) for chunk in range(2)]
 FIRST = FirstToken(SampledToken(7), None, 0)
 TOKEN = bytes(range(32))

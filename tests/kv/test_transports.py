@@ -10,7 +10,7 @@ from time import monotonic, sleep
 import pytest
 import torch
 
-from hexgen2.kv.choose import make_transport
+from hexgen2.kv.choose import make_transports
 from hexgen2.kv.memory import MemoryNetwork, MemoryTransport
 from hexgen2.kv.transport import Span, Transport, TransportError
 from hexgen2.kv.ucx import NIXL_MODULES
@@ -52,7 +52,7 @@ class Rig:
         else:
             self.process = stack.enter_context(serving_peer(kind.split("-")[0], SEND_BYTES))
             self.endpoint, self.send = self.process.endpoint, self.process.send
-            self.reader = make_transport(kind.split("-")[0], "127.0.0.1")
+            self.reader = make_transports(kind.split("-")[0], "127.0.0.1")[0]
         stack.callback(self.reader.close)
         self.reader.register(None, self.landing)
 

@@ -96,7 +96,7 @@ async def test_the_token_is_still_needed(authority: Authority) -> None:
 async def flipped(fleet: WorkerPair) -> AsyncIterator[Flipper]:
     """Prefill says that its data is somewhere else, where somebody hands it on."""
     rank = fleet.prefill.ranks._ranks[0]
-    endpoint = wire.Endpoint.unpack(rank.hello.endpoint)
+    endpoint = wire.Endpoint.unpack(rank.hello.endpoints[0])
     async with Flipper(endpoint.host, endpoint.port).running() as flipper:
         moved = replace(endpoint, port=flipper.port).pack()
         rank.hello = msgspec.structs.replace(rank.hello, endpoint=moved)
