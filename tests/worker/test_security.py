@@ -99,7 +99,7 @@ async def flipped(fleet: WorkerPair) -> AsyncIterator[Flipper]:
     endpoint = wire.Endpoint.unpack(rank.hello.endpoints[0])
     async with Flipper(endpoint.host, endpoint.port).running() as flipper:
         moved = replace(endpoint, port=flipper.port).pack()
-        rank.hello = msgspec.structs.replace(rank.hello, endpoint=moved)
+        rank.hello = msgspec.structs.replace(rank.hello, endpoints=(moved,))
         yield flipper
 
 
