@@ -159,6 +159,7 @@ class GatewayConfig(Config):
     model: Path = Field(description="folder with tokenizer.json and the chat template")
     served_model_name: str = Field("", description="default: the folder's name")
     max_model_len: int | None = Field(None, ge=8, description="default: the smallest of the plan's replicas")
+    gateway_id: str = Field("", max_length=64, description="its name among the gateways; default: a random one")
     request_timeout_s: float = Field(300.0, gt=0, description="deadline of a request whose client set none")
     max_body_bytes: int = Field(8 * MIB, ge=1024)
     max_concurrent_requests: int = Field(512, ge=1)

@@ -1,8 +1,9 @@
-"""Which route the next request takes: by the plan's flow, corrected by what is in flight. Pure.
+"""Which route the next request takes: by the plan's flow, corrected by what is in flight and by KV memory. Pure.
 
 Each pick gives every usable route its share of one request (its flow's fraction) and takes the route that is owed
 most, so that any run of picks is within a few requests of the plan's proportions (no randomness). What a
-route has in flight beyond its share counts against it: a slow replica gets less until it has caught up.
+route has in flight beyond its share counts against it: a slow replica gets less until it has caught up. So does KV
+memory that is nearly full at either end. A route from a replica to itself is a request served there as a whole.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,10 @@ RouteKey: TypeAlias = tuple[str, str]
 #: Requests that a route may be owed at most. Unhurried picks stay within it; it bounds what a replica that was
 #: passed over for being slow can claim once it is fast again.
 MAX_OWED = 2.0
+
+#: KV memory in use counts from this share on, and when all of it is, as much as so many requests in flight.
+CROWDED = 0.75
+FULL_COUNTS = 8.0
 
 _NOTHING: Mapping[RouteKey, float] = {}
 
@@ -51,7 +56,8 @@ def pick(
 ) -> Route | None:
     """The route of the next request; None when none is usable. The same arguments give the same route.
 
-    ``in_flight`` is what the caller has running on each route; ``owed`` what earlier picks left (``Router`` keeps it).
+    ``in_flight`` is what runs on each route, as far as the caller knows; ``owed`` what earlier picks left (``Router``
+    keeps it).
     """
     routes = usable_routes(plan, statuses, exclude)
     if not routes:
@@ -62,10 +68,19 @@ def pick(
     def claim(route: Route) -> float:
         key = route_key(route)
         excess = in_flight.get(key, 0) - shares[key] * total
-        return shares[key] + owed.get(key, 0.0) - excess
+        crowding = sum(crowded(statuses[end].load) for end in dict.fromkeys(key))
+        return shares[key] + owed.get(key, 0.0) - excess - FULL_COUNTS * crowding
 
     # max() keeps the first of equals: the plan's order decides.
     return max(routes, key=claim)
+
+
+def crowded(load: Load) -> float:
+    """How full the KV memory of a replica is: 0 up to ``CROWDED`` of it, 1 when there is no room."""
+    if not load.kv_pool_bytes_total:
+        return 0.0
+    used = load.kv_pool_bytes_used / load.kv_pool_bytes_total
+    return min(1.0, max(0.0, used - CROWDED) / (1.0 - CROWDED))
 
 
 class Router:
@@ -99,11 +114,13 @@ def pick_colocated(
     in_flight: Mapping[str, int],
     exclude: frozenset[str] = frozenset(),
 ) -> str | None:
-    """The READY decode replica with the least in flight (by replica id), then by reported load; None without one."""
+    """The READY replica that decodes, with the least in flight (by replica id), then by reported load; None if none."""
     usable = [
         replica.replica_id
         for replica in plan.replicas
-        if replica.role is Role.DECODE and ready(statuses, replica.replica_id) and replica.replica_id not in exclude
+        if replica.role is not Role.PREFILL
+        and ready(statuses, replica.replica_id)
+        and replica.replica_id not in exclude
     ]
 
     def busy(replica_id: str) -> tuple[int, int]:
@@ -111,6 +128,16 @@ def pick_colocated(
         return in_flight.get(replica_id, 0), load.num_requests_running + load.num_requests_waiting
 
     return min(usable, key=busy, default=None)
+
+
+def short_enough(plan: Plan, prompt_tokens: int) -> bool:
+    """Whether the plan has such a prompt answered by a decode replica alone, as long as one is calm (``calm``)."""
+    return 0 < prompt_tokens <= plan.colocate_max_prompt_tokens
+
+
+def calm(load: Load) -> bool:
+    """Whether nobody waits there and KV memory has room: a prompt more delays those in flight by its own time only."""
+    return not load.num_requests_waiting and not crowded(load)
 
 
 def _shares(routes: tuple[Route, ...]) -> dict[RouteKey, float]:

@@ -1,12 +1,13 @@
 """Routing: the plan's proportions when nobody is slow, and away from what is slow, absent or excluded."""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
-from hexgen2.routing import RouteKey, Router, pick, pick_colocated, route_key, usable_routes
+from hexgen2.routing import RouteKey, Router, pick, pick_colocated, route_key, short_enough, usable_routes
 
 NO_LOAD: dict[RouteKey, int] = {}
 
@@ -129,6 +130,49 @@ def test_a_route_that_was_away_does_not_claim_what_it_missed() -> None:
 def test_without_memory_the_plans_first_largest_route_is_picked() -> None:
     plan = make_plan({("p", "d1"): 1.0, ("p", "d2"): 2.0, ("p", "d3"): 2.0})
     assert pick(plan, all_ready(plan), NO_LOAD) == Route("p", "d2", 2.0)
+
+
+def test_a_route_whose_kv_memory_is_full_is_passed_over_until_the_others_are_as_busy() -> None:
+    plan = make_plan({("p", "d1"): 1.0, ("p", "d2"): 1.0})
+    full = {"d1": ReplicaStatus("d1", ReplicaState.READY, Load(kv_pool_bytes_used=100, kv_pool_bytes_total=100))}
+    router, in_flight = Router(), Counter[RouteKey]()
+    for _ in range(4):
+        route = router.pick(plan, all_ready(plan) | full, in_flight)
+        assert route is not None
+        in_flight[route_key(route)] += 1
+    assert in_flight == {("p", "d2"): 4}
+    # Nobody is starved for good: what d2 has in flight weighs as much in the end.
+    for _ in range(20):
+        route = router.pick(plan, all_ready(plan) | full, in_flight)
+        assert route is not None
+        in_flight[route_key(route)] += 1
+    assert in_flight["p", "d1"] > 4
+
+
+@given(plan=plans, used=st.integers(0, 75))
+def test_kv_memory_with_room_changes_nothing(plan: Plan, used: int) -> None:
+    some = {
+        key: ReplicaStatus(key, ReplicaState.READY, Load(kv_pool_bytes_used=used, kv_pool_bytes_total=100))
+        for key in all_ready(plan)
+    }
+    one, other = Router(), Router()
+    for _ in range(10):
+        assert one.pick(plan, all_ready(plan), NO_LOAD) == other.pick(plan, some, NO_LOAD)
+
+
+def test_what_serves_whole_requests_has_its_share_like_any_route() -> None:
+    members = (replica("p"), replica("d"), replace(replica("c"), role=Role.COLOCATED))
+    plan = Plan(1, members, (Route("p", "d", 3.0), Route("c", "c", 1.0)))
+    router, statuses = Router(), all_ready(plan)
+    picks = Counter(router.pick(plan, statuses, NO_LOAD) for _ in range(1000))
+    assert picks == {plan.routes[0]: 750, plan.routes[1]: 250}
+    assert pick_colocated(plan, statuses, {"d": 1}) == "c"
+
+
+def test_only_prompts_within_the_plans_limit_are_short() -> None:
+    plan = replace(make_plan({("p", "d"): 1.0}), colocate_max_prompt_tokens=64)
+    assert [short_enough(plan, tokens) for tokens in (1, 64, 65)] == [True, True, False]
+    assert not short_enough(make_plan({("p", "d"): 1.0}), 1)
 
 
 def test_a_route_without_flow_is_never_picked() -> None:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from hexgen2.engine.base import Sampling
 from hexgen2.errors import EngineFailed, HexgenError, Overloaded, StaleEpoch, Unavailable
 from hexgen2.gateway.life import Side, TryAgain, Way, for_client
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Plan, Replica, ReplicaStatus, Role
-from hexgen2.routing import RouteKey, Router, pick_colocated, usable_routes
+from hexgen2.routing import RouteKey, Router, calm, pick_colocated, short_enough, usable_routes
 
 #: How long a replica that failed is passed over.
 SUSPECT_S = 2.0
@@ -55,14 +55,20 @@ class Targets:
 class Dispatch:
     """Keeps the count of what is in flight and who failed lately. One per gateway; ``clock`` in seconds."""
 
-    def __init__(self, plans: PlanSource, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        plans: PlanSource,
+        clock: Callable[[], float] = monotonic,
+        elsewhere: Callable[[], Mapping[RouteKey, int]] = dict,
+    ) -> None:
         self._plans = plans
+        self._elsewhere_in_flight = elsewhere
         self._clock = clock
         # By incarnation: a replica that was started anew is innocent.
         self._suspect_until: dict[str, float] = {}
         self._router = Router()
-        self._on_routes: Counter[RouteKey] = Counter()
-        self._colocated: Counter[str] = Counter()
+        # What is served as a whole counts as on the route from its replica to itself.
+        self._in_flight: Counter[RouteKey] = Counter()
 
     @property
     def plan(self) -> Plan:
@@ -81,7 +87,12 @@ class Dispatch:
         plan, statuses = self._plans.plan, self._plans.statuses
         return bool(usable_routes(plan, statuses) or pick_colocated(plan, statuses, {}))
 
-    def first(self, sampling: Sampling) -> Targets:
+    @property
+    def in_flight(self) -> Mapping[RouteKey, int]:
+        """This gateway's requests by route."""
+        return self._in_flight
+
+    def first(self, sampling: Sampling, prompt_tokens: int = 0) -> Targets:
         """For a new request.
 
         Raises:
@@ -89,21 +100,24 @@ class Dispatch:
         """
         suspects = self._suspects()
         targets = None
-        if not sampling.needs_history:
+        if short_enough(self.plan, prompt_tokens) and sampling.max_tokens > 1:
+            busy = (key for key, status in self._plans.statuses.items() if not calm(status.load))
+            targets = self._on_decode(suspects.union(busy))
+        if targets is None and not sampling.needs_history:
             targets = self._route(sampling, suspects) or self._route(sampling, frozenset())
         targets = targets or self._on_decode(suspects) or self._on_decode(frozenset())
         if targets is None:
             raise Unavailable("no replica is ready to serve this request; try again shortly")
         return targets
 
-    def again(self, sampling: Sampling, tried: Targets, failure: TryAgain) -> Targets:
+    def again(self, sampling: Sampling, tried: Targets, failure: TryAgain, prompt_tokens: int = 0) -> Targets:
         """For a second attempt: elsewhere as far as possible, else the same once more.
 
         Raises:
             HexgenError: the failure itself, where trying again cannot help.
         """
         if isinstance(failure.error, StaleEpoch):
-            return self.first(sampling)
+            return self.first(sampling, prompt_tokens)
         self._suspect(tried.prefill if failure.side is Side.PREFILL else tried.decode, failure.error)
         found = self._elsewhere(sampling, tried, failure.side)
         if found is None and not isinstance(failure.error, Overloaded):
@@ -123,9 +137,9 @@ class Dispatch:
         assert targets.prefill is not None
         self._suspect(lost, error)
         prefill_id = targets.prefill.replica_id
-        others = frozenset(r.replica_id for r in self.plan.replicas if r.role is Role.PREFILL) - {prefill_id}
+        others = frozenset(r.replica_id for r in self.plan.replicas if r.role is not Role.DECODE) - {prefill_id}
         for exclude in (failed | others | self._suspects() - {prefill_id}, failed | others):
-            route = self._router.pick(self.plan, self._plans.statuses, self._on_routes, exclude)
+            route = self._router.pick(self.plan, self._plans.statuses, self._everywhere(), exclude)
             if route is not None:
                 break
         return None if route is None else self.plan.replica(route.decode_replica_id)
@@ -133,16 +147,17 @@ class Dispatch:
     @contextmanager
     def counted(self, targets: Targets) -> Iterator[None]:
         """Counts the attempt as in flight."""
-        colocated = targets.way is Way.COLOCATED and targets.decode is not None
-        counter: Counter[Any] = self._colocated if colocated else self._on_routes
-        key = targets.decode.replica_id if colocated and targets.decode else targets.key
-        counter[key] += 1
+        self._in_flight[targets.key] += 1
         try:
             yield
         finally:
-            counter[key] -= 1
-            if not counter[key]:
-                del counter[key]
+            self._in_flight[targets.key] -= 1
+            if not self._in_flight[targets.key]:
+                del self._in_flight[targets.key]
+
+    def _everywhere(self) -> Mapping[RouteKey, int]:
+        """What all gateways have in flight; of the others, as they said a moment ago."""
+        return Counter(self._elsewhere_in_flight()) + self._in_flight
 
     def _suspect(self, replica: Replica | None, error: HexgenError) -> None:
         if replica is not None and isinstance(error, Unavailable | EngineFailed):
@@ -167,18 +182,21 @@ class Dispatch:
 
     def _route(self, sampling: Sampling, exclude: frozenset[str]) -> Targets | None:
         plan = self.plan
-        route = self._router.pick(plan, self._plans.statuses, self._on_routes, exclude)
+        route = self._router.pick(plan, self._plans.statuses, self._everywhere(), exclude)
         if route is None:
             return None
         key = (route.prefill_replica_id, route.decode_replica_id)
         prefill, decode = plan.replica(key[0]), plan.replica(key[1])
+        if prefill is decode:
+            return Targets(Way.COLOCATED, plan.epoch, None, decode, key)
         if sampling.max_tokens == 1:
             return Targets(Way.FIRST_ONLY, plan.epoch, prefill, None, key)
         return Targets(Way.HAND_OVER, plan.epoch, prefill, decode, key, route.codec)
 
     def _on_decode(self, exclude: frozenset[str]) -> Targets | None:
         plan = self.plan
-        replica_id = pick_colocated(plan, self._plans.statuses, self._colocated, exclude)
+        wholes = {decode: count for (prefill, decode), count in self._everywhere().items() if prefill == decode}
+        replica_id = pick_colocated(plan, self._plans.statuses, wholes, exclude)
         if replica_id is None:
             return None
-        return Targets(Way.COLOCATED, plan.epoch, None, plan.replica(replica_id))
+        return Targets(Way.COLOCATED, plan.epoch, None, plan.replica(replica_id), (replica_id, replica_id))

@@ -1,23 +1,28 @@
 """The gateway behind both its faces: admits requests, knows the model, and makes an answer of tokens."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+import secrets
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 
 from opentelemetry import trace
 
 from hexgen2 import metrics
 from hexgen2.config import GatewayConfig
 from hexgen2.engine.base import FinishReason, SampledToken
-from hexgen2.errors import InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from hexgen2.errors import HexgenError, InvalidRequest, ModelNotFound, Overloaded, Unavailable
 from hexgen2.gateway import observe
 from hexgen2.gateway.answer import Answer
 from hexgen2.gateway.dispatch import Dispatch, PlanSource
 from hexgen2.gateway.job import Job, Piece, Summary, Usage
 from hexgen2.gateway.limits import ModelLimits
+from hexgen2.gateway.measure import Ended, Measures
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
+from hexgen2.plan import GatewayLoad, RouteLoad
+from hexgen2.routing import RouteKey
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.tls import TlsFiles
 
@@ -28,16 +33,28 @@ Emit = Callable[[Piece], Awaitable[None]]
 
 
 class Gateway:
-    """See the module. ``plans`` is the newest plan; ``text`` the model's tokenizer. ``close`` when done."""
+    """See the module. ``plans`` is the newest plan; ``text`` the model's tokenizer. ``close`` when done.
 
-    def __init__(self, config: GatewayConfig, text: TextModel, plans: PlanSource, tls: TlsFiles | None = None) -> None:
+    ``elsewhere`` tells what other gateways, by the id of this one, have in flight on each route.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        text: TextModel,
+        plans: PlanSource,
+        tls: TlsFiles | None = None,
+        elsewhere: Callable[[str], Mapping[RouteKey, int]] = lambda gateway_id: {},
+    ) -> None:
         self.config = config
+        self.gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
         self.text = text
         self.model_name = config.served_model_name or Path(config.model).resolve().name
         self.draining = False
         self.num_running = 0
         self._plans = plans
-        self._dispatch = Dispatch(plans)
+        self._dispatch = Dispatch(plans, elsewhere=lambda: elsewhere(self.gateway_id))
+        self._measures = Measures(monotonic())
         self._peers = Peers(self._planned_addresses, tls)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -123,10 +140,19 @@ class Gateway:
             await emit(piece)
             return answer.finished
 
-        async with observe.within(deadline, watch):
-            attempt = await follow(job, self._dispatch, self._peers, give, deadline)
+        self._measures.arrived(monotonic())
+        try:
+            async with observe.within(deadline, watch):
+                attempt = await follow(job, self._dispatch, self._peers, give, deadline)
+        except HexgenError as error:
+            if not observe.is_clients_fault(error):
+                self._measures.failed(monotonic())
+            raise
         usage = Usage(len(job.prompt_token_ids), answer.num_tokens, attempt.life.cached_tokens)
         observe.succeeded(span, watch, usage, finish_reason)
+        self._measures.ended(
+            Ended(monotonic(), usage.prompt_tokens, usage.completion_tokens, watch.ttft_s, watch.tpot_s)
+        )
         return Summary(
             usage=usage,
             trace_id=observe.trace_id(span),
@@ -137,6 +163,11 @@ class Gateway:
             decode_replica_id=attempt.decode.replica_id if attempt.decode else "",
             kv=attempt.life.kv,
         )
+
+    def load(self) -> GatewayLoad:
+        """What it has in flight and measures now."""
+        routes = (RouteLoad(*key, count) for key, count in self._dispatch.in_flight.items())
+        return GatewayLoad(self.gateway_id, tuple(routes), self._measures.measured(monotonic()))
 
     async def plan_changed(self) -> None:
         """Let go of what the plan before needed."""

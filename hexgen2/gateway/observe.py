@@ -142,9 +142,14 @@ def succeeded(span: Span, watch: Stopwatch, usage: Usage, finish_reason: FinishR
     )
 
 
+def is_clients_fault(error: BaseException) -> bool:
+    """Whether the request itself was wrong."""
+    return isinstance(error, HexgenError) and error.status in _CLIENTS_FAULT
+
+
 def _failed(span: Span, error: BaseException) -> None:
     span.set_attribute("error.type", type(error).__name__)
-    if isinstance(error, HexgenError) and error.status in _CLIENTS_FAULT:
+    if is_clients_fault(error):
         return
     if isinstance(error, Exception):
         # A client that left (cancellation) is no failure of ours.

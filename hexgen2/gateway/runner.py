@@ -51,7 +51,7 @@ async def follow(job: Job, dispatch: Dispatch, peers: Peers, give: Give, deadlin
     Raises:
         HexgenError: what the client is to be told. Every call is over by then.
     """
-    targets = dispatch.first(job.sampling)
+    targets = dispatch.first(job.sampling, len(job.prompt_token_ids))
     for number in (1, 2):
         attempt = Attempt(job, number, targets, dispatch, peers, deadline)
         with dispatch.counted(targets):
@@ -66,7 +66,7 @@ async def follow(job: Job, dispatch: Dispatch, peers: Peers, give: Give, deadlin
             if isinstance(error, StaleEpoch):
                 # The worker heard of the new plan before we did.
                 await dispatch.newer_plan(targets.plan_epoch, min(NEWER_PLAN_S, max(0.0, deadline - monotonic())))
-            targets = dispatch.again(job.sampling, targets, failure)
+            targets = dispatch.again(job.sampling, targets, failure, len(job.prompt_token_ids))
     raise for_client(error)
 
 

@@ -6,7 +6,9 @@ that the held plan has is taken over only once it has been so for ``SETTLE_S`` o
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import grpc
@@ -14,7 +16,7 @@ import structlog
 
 from hexgen2.errors import HexgenError, Unavailable
 from hexgen2.plan import GatewayLoad, Load, Plan, Replica, ReplicaState, ReplicaStatus, Role
-from hexgen2.routing import ready, usable_routes
+from hexgen2.routing import RouteKey, ready, usable_routes
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.client import channel, to_error
 from hexgen2.tls import TlsFiles
@@ -116,6 +118,25 @@ class Reporter:
             log.warning("report_failed", coordinator=self._address, reason=trouble)
 
 
+async def report_gateway(
+    coordinator_address: str,
+    load: Callable[[], GatewayLoad],
+    tls: TlsFiles | None = None,
+    interval_s: float = REPORT_INTERVAL_S,
+) -> None:
+    """Tell the coordinator once a second what a gateway has in flight and measures; runs until cancelled.
+
+    A coordinator that is away is the plan watch's to log.
+    """
+    async with channel(coordinator_address, tls) as peer:
+        stub = coordinator_pb2_grpc.CoordinatorStub(peer)
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                request = pb.ReportGatewayRequest(gateway=convert.gateway_to_proto(load()))
+                await stub.ReportGateway(request, timeout=REPORT_TIMEOUT_S)
+            await asyncio.sleep(interval_s)
+
+
 class PlanWatcher:
     """The plan in force and every replica's status, as a gateway sees them. ``run`` until cancelled."""
 
@@ -133,6 +154,15 @@ class PlanWatcher:
         self._settling: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._trouble: str | None = "not reached yet"
+
+    def in_flight_elsewhere(self, gateway_id: str) -> Mapping[RouteKey, int]:
+        """What all gateways but that one have in flight, as they said a moment ago; nothing while nobody tells."""
+        found: Counter[RouteKey] = Counter()
+        for gateway in self.gateways:
+            if gateway.gateway_id != gateway_id:
+                for route in gateway.routes:
+                    found[route.prefill_replica_id, route.decode_replica_id] += route.num_requests
+        return found
 
     async def run(self) -> None:
         """Follow the coordinator until cancelled; keep the last plan while it is away."""
@@ -152,6 +182,7 @@ class PlanWatcher:
                         self._note(f"it sent a plan that cannot be used: {error}")
                     # What an interrupted watch said last is no evidence of who is gone.
                     self._discard_pending()
+                    self.gateways = ()
                     await asyncio.sleep(RETRY_S)
         finally:
             self._discard_pending()
@@ -161,7 +192,9 @@ class PlanWatcher:
         """Whether a request can be served: over a route, or colocated on a decode replica."""
         if usable_routes(self.plan, self.statuses):
             return True
-        return any(each.role is Role.DECODE and ready(self.statuses, each.replica_id) for each in self.plan.replicas)
+        return any(
+            each.role is not Role.PREFILL and ready(self.statuses, each.replica_id) for each in self.plan.replicas
+        )
 
     @property
     def holding(self) -> bool:

@@ -8,7 +8,7 @@ from hexgen2 import telemetry
 from hexgen2.cli.options import run_service
 from hexgen2.config import GatewayConfig
 from hexgen2.gateway.gateway import Gateway
-from hexgen2.rpc.report import PlanWatcher
+from hexgen2.rpc.report import PlanWatcher, report_gateway
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.tls import load_tls
@@ -34,7 +34,7 @@ async def serve(config: GatewayConfig) -> None:
         text = TextModel.load(config.model)
         tls = load_tls(config.tls)
         watcher = PlanWatcher(config.coordinator, tls=tls)
-        gateway = Gateway(config, text, watcher, tls)
+        gateway = Gateway(config, text, watcher, tls, watcher.in_flight_elsewhere)
         stack.push_async_callback(gateway.close)
         grpc_server = GrpcServer(config.listen, tls=tls, client_certs=config.asks_certificates)
         grpc_server.add(gateway_pb2_grpc.add_GatewayServicer_to_server, GatewayServicer(gateway), SERVICE)
@@ -46,6 +46,7 @@ async def serve(config: GatewayConfig) -> None:
             stack.push_async_callback(http_server.stop)
             http_address = await http_server.start()
             await stack.enter_async_context(owned(watcher.run()))
+            await stack.enter_async_context(owned(report_gateway(config.coordinator, gateway.load, tls)))
             await stack.enter_async_context(owned(_follow(watcher, gateway, grpc_server)))
             log.info(
                 "ready",

@@ -1,12 +1,13 @@
 """Where requests go, and where they go next."""
 
 import asyncio
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
 from hexgen2.engine.base import Sampling
-from hexgen2.errors import EngineFailed, HexgenError, Overloaded, Unavailable
+from hexgen2.errors import EngineFailed, HexgenError, Overloaded, StaleEpoch, Unavailable
 from hexgen2.gateway.dispatch import SUSPECT_S, Dispatch, Targets
 from hexgen2.gateway.life import Side, TryAgain, Way
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
@@ -119,6 +120,57 @@ def test_what_runs_is_counted_until_it_ends() -> None:
         picked = [ends(fleet.dispatch.first(PENALISED))[1] for _ in range(2)]
     assert picked == ["d1", "d1"]
     assert ends(fleet.dispatch.first(PENALISED))[1] == "d0"
+
+
+def test_what_other_gateways_have_in_flight_counts_as_well() -> None:
+    fleet = Fleet(1, 2)
+    others = {("p0", "d0"): 3}
+    dispatch = Dispatch(fleet, lambda: fleet.now, lambda: others)
+    with ExitStack() as running:
+        for _ in range(2):
+            targets = dispatch.first(GREEDY)
+            running.enter_context(dispatch.counted(targets))
+            assert ends(targets) == ("p0", "d1")
+        assert dispatch.in_flight == {("p0", "d1"): 2}
+    assert not dispatch.in_flight
+
+
+def test_short_prompts_go_to_a_decode_replica_that_is_calm_and_no_other() -> None:
+    fleet = Fleet(1, 2)
+    fleet.plan = replace(fleet.plan, colocate_max_prompt_tokens=10)
+    assert fleet.dispatch.first(GREEDY, 11).way is Way.HAND_OVER
+    short = fleet.dispatch.first(GREEDY, 10)
+    assert (short.way, ends(short), short.key) == (Way.COLOCATED, (None, "d0"), ("d0", "d0"))
+    fleet.statuses["d0"] = ReplicaStatus("d0", ReplicaState.READY, Load(num_requests_waiting=1))
+    assert ends(fleet.dispatch.first(GREEDY, 10)) == (None, "d1")
+    fleet.statuses["d1"] = ReplicaStatus("d1", ReplicaState.READY, Load(0, 0, 9, 10))
+    assert fleet.dispatch.first(GREEDY, 10).way is Way.HAND_OVER
+
+
+def test_a_route_from_a_replica_to_itself_is_served_there_as_a_whole() -> None:
+    fleet = Fleet(1, 1)
+    whole = replace(fleet.plan.replica("d0"), replica_id="c0", role=Role.COLOCATED)
+    fleet.plan = Plan(2, (*fleet.plan.replicas, whole), (Route("c0", "c0", 9.0), Route("p0", "d0", 1.0)))
+    fleet.statuses["c0"] = ReplicaStatus("c0", ReplicaState.READY, Load())
+    targets = fleet.dispatch.first(GREEDY)
+    assert (targets.way, ends(targets), targets.key) == (Way.COLOCATED, (None, "c0"), ("c0", "c0"))
+    handed = Targets(Way.HAND_OVER, 2, fleet.plan.replica("p0"), fleet.plan.replica("d0"), ("p0", "d0"))
+    # A transfer that lost its decode replica cannot go to one that fetches nothing.
+    assert fleet.dispatch.other_decode(handed, fleet.plan.replica("d0"), LOST, frozenset({"d0"})) is None
+
+
+async def test_a_stale_epoch_waits_for_the_newer_plan() -> None:
+    fleet = Fleet(1, 1)
+
+    async def publish() -> None:
+        fleet.plan = replace(fleet.plan, epoch=5)
+
+    task = asyncio.create_task(publish())
+    await fleet.dispatch.newer_plan(1, 10.0)
+    await task
+    targets = fleet.dispatch.again(GREEDY, fleet.dispatch.first(GREEDY), TryAgain(Side.PREFILL, StaleEpoch("old")))
+    assert targets.plan_epoch == 5
+    await fleet.dispatch.newer_plan(5, 0.0)
 
 
 def test_nothing_ready_is_unavailable() -> None:
