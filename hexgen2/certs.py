@@ -5,7 +5,6 @@ cert.pem and key.pem. Keys are EC P-256, files of keys 0600. Certificates that e
 the place of revocation lists.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hexgen2.callers import SERVERS, Caller, callers_of, uri
 from hexgen2.errors import ConfigError
 from hexgen2.tls import uris_of
+from hexgen2.write_file import write_file
 
 CA_DAYS = 3650
 LEAF_DAYS = 30
@@ -55,8 +55,8 @@ def init(folder: Path, name: str = "hexgen2", days: float = CA_DAYS) -> Issued:
     builder = _builder(subject, subject, key, days).add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
     certificate = builder.add_extension(usage, True).sign(key, hashes.SHA256())
     _make_folder(folder)
-    _write(folder / "ca.key", _pem(key), 0o600)
-    _write(folder / "ca.pem", certificate.public_bytes(Encoding.PEM), 0o644)
+    write_file(folder / "ca.key", _pem(key), 0o600)
+    write_file(folder / "ca.pem", certificate.public_bytes(Encoding.PEM), 0o644)
     return read(folder / "ca.pem")
 
 
@@ -96,10 +96,10 @@ def issue(
         .sign(authority_key, hashes.SHA256())
     )
     _make_folder(folder / name)
-    _write(folder / name / "ca.pem", (folder / "ca.pem").read_bytes(), 0o644)
+    write_file(folder / name / "ca.pem", (folder / "ca.pem").read_bytes(), 0o644)
     # Until both are there a reader finds that they do not belong together, and keeps what it has.
-    _write(folder / name / "key.pem", _pem(key), 0o600)
-    _write(folder / name / "cert.pem", certificate.public_bytes(Encoding.PEM), 0o644)
+    write_file(folder / name / "key.pem", _pem(key), 0o600)
+    write_file(folder / name / "cert.pem", certificate.public_bytes(Encoding.PEM), 0o644)
     return read(folder / name / "cert.pem")
 
 
@@ -209,17 +209,3 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}") from error
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Whole or not at all, and never with more permissions than ``mode``."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.unlink(missing_ok=True)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error

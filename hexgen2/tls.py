@@ -1,14 +1,12 @@
 """The certificates of this process: read from their files, and read again when these change, without a restart.
 
-A connection that stands keeps what it began with; the next one uses what the files hold then. Files that cannot be
-used (half written, a key of another certificate) change nothing, and are told once.
+A connection that stands keeps what it began with; the next one uses what the files hold then. Files that do not belong
+together (half written, a key of another certificate) change nothing.
 """
 
 import os
-import threading
 from dataclasses import dataclass, field
 
-import structlog
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -17,11 +15,7 @@ from hexgen2 import metrics
 from hexgen2.callers import Caller, callers_of
 from hexgen2.config import TlsConfig
 from hexgen2.errors import ConfigError
-
-log = structlog.get_logger(__name__)
-
-#: Inode, size and time of change of each file.
-_Stamp = tuple[tuple[int, int, int], ...]
+from hexgen2.reload import Reloaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,36 +35,11 @@ class TlsFiles:
     def __init__(self, config: TlsConfig) -> None:
         """Read the files. Raises ConfigError when they cannot be used."""
         self.config = config
-        self._lock = threading.Lock()
-        self._seen = self._stamp()
-        self._material = self._read()
-        self._trouble = ""
+        self._material = Reloaded((config.ca, config.cert, config.key), self._read)
 
     def current(self) -> Material:
         """The newest that could be used; the same object while nothing has changed."""
-        with self._lock:
-            try:
-                stamp = self._stamp()
-                # What cannot be used is looked at again each time: its second half may be on the way.
-                if stamp != self._seen or self._trouble:
-                    self._material, self._seen = self._read(), stamp
-                    self._trouble = ""
-                    log.info("tls_files", cert=str(self.config.cert), not_after_s=self._material.not_after_s)
-            except ConfigError as error:
-                if str(error) != self._trouble:
-                    self._trouble = str(error)
-                    log.error("tls_files_unusable", error=self._trouble)
-            return self._material
-
-    def _stamp(self) -> _Stamp:
-        found = []
-        for path in (self.config.ca, self.config.cert, self.config.key):
-            try:
-                seen = path.stat()
-            except OSError as error:
-                raise ConfigError(f"tls: {path}: {error.strerror}") from error
-            found.append((seen.st_ino, seen.st_size, seen.st_mtime_ns))
-        return tuple(found)
+        return self._material.current()
 
     def _read(self) -> Material:
         config = self.config

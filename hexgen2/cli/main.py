@@ -19,6 +19,7 @@ from hexgen2.cli.certs import certs_command
 from hexgen2.cli.client import Access
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
+from hexgen2.cli.keys import keys_command
 from hexgen2.cli.lazy import LazyCommand
 from hexgen2.cli.options import serve_and_exit, service_command
 from hexgen2.cli.prepare import prepare
@@ -182,6 +183,7 @@ for name, attribute, told in (
 
 
 main.add_command(certs_command)
+main.add_command(keys_command)
 
 
 @main.group()

@@ -17,6 +17,7 @@ from hexgen2.gateway import observe
 from hexgen2.gateway.answer import Answer
 from hexgen2.gateway.dispatch import Dispatch, PlanSource
 from hexgen2.gateway.job import Job, Piece, Summary, Usage
+from hexgen2.gateway.keys import Keys
 from hexgen2.gateway.limits import ModelLimits
 from hexgen2.gateway.measure import Ended, Measures
 from hexgen2.gateway.peers import Peers
@@ -50,6 +51,7 @@ class Gateway:
         self.gateway_id = config.gateway_id or f"gateway-{secrets.token_hex(4)}"
         self.text = text
         self.model_name = config.served_model_name or Path(config.model).resolve().name
+        self.keys = Keys(config.api_keys)
         self.draining = False
         self.num_running = 0
         self._plans = plans

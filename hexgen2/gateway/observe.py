@@ -10,12 +10,13 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from hexgen2 import metrics
+from hexgen2.api_keys import ApiKey
 from hexgen2.engine.base import FinishReason
 from hexgen2.errors import DeadlineExceeded, HexgenError
 from hexgen2.gateway.job import Job, Operation, Usage
 
 _PROPAGATOR = TraceContextTextMapPropagator()
-_CLIENTS_FAULT = frozenset({"INVALID_ARGUMENT", "NOT_FOUND"})
+_CLIENTS_FAULT = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"})
 
 tracer = trace.get_tracer("hexgen2")
 
@@ -43,6 +44,12 @@ def trace_id(span: Span) -> str:
     """32 hexadecimal digits; empty when tracing is off."""
     context = span.get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+
+
+def describe_key(span: Span, key: ApiKey | None) -> None:
+    """Put the name of who asks on the span."""
+    if key is not None:
+        span.set_attribute("hexgen2.api_key", key.name)
 
 
 def describe(span: Span, job: Job) -> None:

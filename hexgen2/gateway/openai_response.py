@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hexgen2.engine.base import SampledToken
-from hexgen2.errors import HexgenError, InvalidRequest, ModelNotFound, Overloaded
+from hexgen2.errors import HexgenError, InvalidRequest, LimitExceeded, ModelNotFound, Overloaded, Unauthenticated
 from hexgen2.gateway.job import Job, Operation, Piece, Usage
 from hexgen2.text.tokenizer import TextModel
 
@@ -14,6 +14,8 @@ _LOWEST_LOGPROB = -9999.0
 
 _HTTP_STATUS = {
     "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
     "FAILED_PRECONDITION": 400,
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 503,
@@ -21,7 +23,15 @@ _HTTP_STATUS = {
     "ABORTED": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-_TYPES = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error", 504: "timeout_error"}
+_TYPES = {
+    **dict.fromkeys((400, 413), "invalid_request_error"),
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_CODES = {ModelNotFound: "model_not_found", Unauthenticated: "invalid_api_key", LimitExceeded: "rate_limit_exceeded"}
 
 
 class BodyTooLarge(HexgenError):
@@ -149,6 +159,8 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 def http_status(error: HexgenError) -> int:
     """The HTTP status of an error."""
+    if isinstance(error, LimitExceeded):
+        return 429
     return 413 if isinstance(error, BodyTooLarge) else _HTTP_STATUS.get(error.status, 500)
 
 
@@ -168,6 +180,6 @@ def error_body(error: HexgenError) -> dict[str, Any]:
             "message": str(error),
             "type": _TYPES.get(status, default),
             "param": error.field if isinstance(error, InvalidRequest) else None,
-            "code": "model_not_found" if isinstance(error, ModelNotFound) else None,
+            "code": _CODES.get(type(error)),
         }
     }

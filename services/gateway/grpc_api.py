@@ -8,9 +8,11 @@ from typing import Any
 import grpc
 import structlog
 
+from hexgen2.errors import InvalidRequest
 from hexgen2.gateway import jobs, observe
 from hexgen2.gateway.gateway import Gateway
 from hexgen2.gateway.job import Job, Operation, Piece, Summary
+from hexgen2.gateway.keys import max_body_bytes
 from hexgen2.rpc.convert import finish_to_proto, token_to_proto
 from hexgen2.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -30,7 +32,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         timeout_s = self._gateway.config.request_timeout_s
         deadline = monotonic() + (timeout_s if left_s is None else min(left_s, timeout_s))
         operation = Operation.CHAT if request.HasField("chat") else Operation.TEXT_COMPLETION
-        with self._gateway.admitted(), observe.request_span(operation, {}):
+        with (
+            observe.request_span(operation, {}) as span,
+            self._gateway.keys.admitted(_authorization(context)) as key,
+            self._gateway.admitted(),
+        ):
+            observe.describe_key(span, key)
+            limit = max_body_bytes(key, self._gateway.config.max_body_bytes)
+            if request.ByteSize() > limit:
+                raise InvalidRequest("request", f"has {request.ByteSize()} bytes; the limit is {limit}")
             job = await jobs.from_grpc(self._gateway, request)
             structlog.contextvars.bind_contextvars(request_id=job.request_id)
             responses: asyncio.Queue[gateway_pb2.GenerateResponse | None] = asyncio.Queue()
@@ -68,6 +78,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             response = _response(job, last)
             response.MergeFrom(_ending(summary))
             responses.put_nowait(response)
+
+
+def _authorization(context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
+    found = dict(context.invocation_metadata() or ()).get("authorization")
+    return found if isinstance(found, str) else None
 
 
 def _response(job: Job, piece: Piece) -> gateway_pb2.GenerateResponse:

@@ -19,13 +19,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hexgen2.errors import HexgenError, ModelNotFound
+from hexgen2.errors import HexgenError
 from hexgen2.gateway import jobs, observe
 from hexgen2.gateway.gateway import Gateway
 from hexgen2.gateway.job import Job, Operation, Piece
+from hexgen2.gateway.keys import max_body_bytes
 from hexgen2.gateway.openai_request import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from hexgen2.gateway.openai_response import BodyTooLarge, Format, error_body, http_status
-from services.gateway.http_exchange import Reply, read_body, unless_gone
+from services.gateway.http_exchange import Reply, challenge, read_body, unless_gone
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -68,14 +69,20 @@ class GenerationEndpoint:
     async def _serve(self, headers: Headers, receive: Receive, reply: Reply) -> None:
         watch = observe.Stopwatch()
         config = self._gateway.config
-        with observe.request_span(self._operation, headers) as span, self._gateway.admitted():
+        with (
+            observe.request_span(self._operation, headers) as span,
+            self._gateway.keys.admitted(headers.get("authorization")) as key,
+            self._gateway.admitted(),
+        ):
+            observe.describe_key(span, key)
             span.set_attribute("hexgen2.request_id", reply.headers["x-request-id"])
             if trace_id := observe.trace_id(span):
                 reply.headers["x-trace-id"] = trace_id
-            _check_length(headers, config.max_body_bytes)
+            max_bytes = max_body_bytes(key, config.max_body_bytes)
+            _check_length(headers, max_bytes)
             deadline = monotonic() + config.request_timeout_s
             async with observe.within(deadline, watch):
-                body = await read_body(receive, config.max_body_bytes)
+                body = await read_body(receive, max_bytes)
             if body is None or not await unless_gone(receive, self._answer(body, reply, watch, deadline)):
                 trace.get_current_span().set_attribute("hexgen2.client_left", True)
 
@@ -128,10 +135,12 @@ def make_app(gateway: Gateway) -> ASGIApp:
             "max_model_len": max_model_len,
         }
 
-    async def models(_: Request) -> Response:
+    async def models(request: Request) -> Response:
+        gateway.keys.check(request.headers.get("authorization"))
         return JSONResponse({"object": "list", "data": [card()]})
 
     async def model(request: Request) -> Response:
+        gateway.keys.check(request.headers.get("authorization"))
         gateway.check_model(request.path_params["name"])
         return JSONResponse(card())
 
@@ -141,7 +150,8 @@ def make_app(gateway: Gateway) -> ASGIApp:
         reason = "stopping" if gateway.draining else "no replica is ready"
         return JSONResponse({"status": reason}, 503, {"retry-after": "1"})
 
-    async def metrics(_: Request) -> Response:
+    async def metrics(request: Request) -> Response:
+        gateway.keys.check(request.headers.get("authorization"))
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     chat = GenerationEndpoint(gateway, Operation.CHAT, parse_chat, jobs.from_chat)
@@ -155,7 +165,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
             Route("/health", health),
             Route("/metrics", metrics),
         ],
-        exception_handlers={HTTPException: _http_error, ModelNotFound: _our_error},
+        exception_handlers={HTTPException: _http_error, HexgenError: _our_error},
     )
 
 
@@ -169,4 +179,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _our_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HexgenError)
-    return JSONResponse(error_body(error), http_status(error))
+    return JSONResponse(error_body(error), http_status(error), challenge(error))

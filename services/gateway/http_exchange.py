@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Send
 
-from hexgen2.errors import HexgenError
+from hexgen2.errors import HexgenError, Unauthenticated
 from hexgen2.gateway.openai_response import BodyTooLarge, error_body, http_status, retry_after_s
 
 
@@ -48,6 +48,7 @@ class Reply:
             return
         if (seconds := retry_after_s(error)) is not None:
             self.headers["retry-after"] = str(seconds)
+        self.headers |= challenge(error)
         await self.json(error_body(error), http_status(error))
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
@@ -57,6 +58,11 @@ class Reply:
     async def _body(self, content: bytes, *, more: bool) -> None:
         self._done = not more
         await self._send({"type": "http.response.body", "body": content, "more_body": more})
+
+
+def challenge(error: HexgenError) -> dict[str, str]:
+    """The header that goes with a 401."""
+    return {"www-authenticate": "Bearer"} if isinstance(error, Unauthenticated) else {}
 
 
 def _dump(body: Mapping[str, Any]) -> bytes:
