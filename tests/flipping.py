@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 
 class Flipper:
-    """Hands on what comes, but turns over the first bit of byte ``at`` of what the server sends on a connection."""
+    """Hands on what comes, but once turns over the first bit of byte ``at`` of what the server sends on a connection."""
 
     def __init__(self, host: str, port: int) -> None:
         self.at: int | None = None
@@ -49,6 +49,7 @@ class Flipper:
             if flip and self.at is not None and passed <= self.at < passed + len(data):
                 data[self.at - passed] ^= 1
                 self.flipped += 1
+                self.at = None
             passed += len(data)
             writer.write(data)
             await writer.drain()

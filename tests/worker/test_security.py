@@ -130,14 +130,11 @@ async def test_a_bit_that_was_turned_over_on_the_way_is_not_served(authority: Au
         await fleet.settled()
 
 
-async def test_over_tls_it_does_not_even_arrive(authority: Authority) -> None:
+async def test_over_tls_it_does_not_even_arrive_and_is_read_again(authority: Authority) -> None:
     async with pair(prefill_kv=kv(), decode_kv=kv(), authority=authority) as fleet, flipped(fleet) as flipper:
         flipper.at = 100_000
         code, told = await decoded(fleet)
-        assert flipper.flipped
-        assert code == "UNAVAILABLE", told
-        assert "decryption failed or bad record mac" in told.lower().replace("_", " ")
-        flipper.at = None
+        assert (code, flipper.flipped) == ("OK", 1), told
         handed = await fleet.generate(PROMPT, SAMPLING)
         assert handed.tokens == expected_tokens(CONFIG, PROMPT, 4)
         await fleet.settled()
