@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 
 class Flipper:
-    """Hands on what comes, but once turns over the first bit of byte ``at`` of what the server sends on a connection."""
+    """Hands on what comes, but once turns over the first bit of byte ``at`` of what the server sends."""
 
     def __init__(self, host: str, port: int) -> None:
         self.at: int | None = None
