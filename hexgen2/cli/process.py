@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +21,18 @@ LEAVE_S = 5.0
 class ServiceProcess:
     """``python -m services.<service> --config FILE`` with its output in a log file. Leads a process group of its own,
     so that a terminal's Ctrl-C reaches the fleet alone, and nothing that it started outlives it.
+
+    ``launcher`` goes before the command and must become it (``nsenter``, ``taskset``...).
     """
 
-    def __init__(self, name: str, service: str, config_file: Path, log_file: Path) -> None:
+    def __init__(
+        self, name: str, service: str, config_file: Path, log_file: Path, launcher: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.service = service
         self.log_file = log_file
         self._config_file = config_file
+        self._launcher = launcher
         self._process: asyncio.subprocess.Process | None = None
         self._started_at = 0.0
 
@@ -52,6 +58,7 @@ class ServiceProcess:
         defaults = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self._launcher,
                 sys.executable,
                 "-m",
                 f"services.{self.service}",

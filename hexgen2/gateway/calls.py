@@ -10,7 +10,7 @@ import grpc
 from hexgen2.errors import HexgenError, InvalidRequest, Unavailable
 from hexgen2.gateway.job import KvMoved
 from hexgen2.gateway.life import Ended, Event, FirstToken, KvVerified, Side, Tokens
-from hexgen2.gateway.peers import Peers
+from hexgen2.gateway.peers import OpenCall, Peers
 from hexgen2.rpc.client import to_error
 from hexgen2.rpc.convert import finish_from_proto, token_from_proto
 from hexgen2.v1 import decode_pb2, prefill_pb2
@@ -59,21 +59,33 @@ class Calls:
         await self._group.__aexit__(kind, error, trace)
 
     async def _read(self, side: Side, address: str, start: Callable[[grpc.aio.Channel], Call]) -> None:
-        failure: HexgenError | None = None
         with self._peers.use(address) as channel:
             call = start(channel)
-            try:
-                async for message in call:
-                    event = _event(message)
-                    if event is not None:
-                        await self.events.put(event)
-            except grpc.aio.AioRpcError as error:
-                failure = to_error(error)
-            except InvalidRequest as error:
-                failure = Unavailable(f"{side} sent what cannot be understood: {error}")
-            finally:
-                call.cancel()
+            with self._peers.follow(address, call) as followed:
+                failure = await self._queue_events(side, call, followed)
         await self.events.put(Ended(side, failure))
+
+    async def _queue_events(self, side: Side, call: Call, followed: OpenCall) -> HexgenError | None:
+        """Until the call ends; why it failed, if it did."""
+        try:
+            async for message in call:
+                followed.heard()
+                event = _event(message)
+                if event is not None:
+                    await self.events.put(event)
+        except grpc.aio.AioRpcError as error:
+            return to_error(error)
+        except InvalidRequest as error:
+            return Unavailable(f"{side} sent what cannot be understood: {error}")
+        except asyncio.CancelledError:
+            # Of the call, not of this task, when it was we who gave a lost worker up.
+            task = asyncio.current_task()
+            if not followed.lost or (task is not None and task.cancelling()):
+                raise
+            return Unavailable(f"the {side} replica was lost")
+        finally:
+            call.cancel()
+        return None
 
 
 def _event(message: prefill_pb2.PrefillResponse | decode_pb2.DecodeResponse) -> Event | None:

@@ -22,7 +22,7 @@ from hexgen2.gateway.limits import ModelLimits
 from hexgen2.gateway.measure import Ended, Measures
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
-from hexgen2.plan import GatewayLoad, RouteLoad
+from hexgen2.plan import GatewayLoad, ReplicaState, RouteLoad
 from hexgen2.routing import RouteKey
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.tls import TlsFiles
@@ -171,9 +171,16 @@ class Gateway:
         routes = (RouteLoad(*key, count) for key, count in self._dispatch.in_flight.items())
         return GatewayLoad(self.gateway_id, tuple(routes), self._measures.measured(monotonic()))
 
-    async def plan_changed(self) -> None:
-        """Let go of what the plan before needed."""
+    async def plan_changed(self) -> bool:
+        """Let go of what the plan before needed, and of calls to lost replicas that are silent.
+
+        Returns:
+            Whether calls to lost replicas go on: ask again soon, though nothing changes.
+        """
         await self._peers.prune()
+        plan, statuses = self._plans.plan, self._plans.statuses
+        lost = {key for key, status in statuses.items() if status.state is ReplicaState.LOST}
+        return self._peers.end_silent(each.address for each in plan.replicas if each.replica_id in lost)
 
     async def drain(self, grace_s: float) -> bool:
         """Take no more requests and wait for those that run; whether all ended in time."""

@@ -98,7 +98,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                     self._check(method, context)
                     async with aclosing(cast("Any", serve(request, context))) as responses:
                         async for response in responses:
-                            await context.write(response)
+                            await _write(context, response)
                 except BaseException as error:
                     await _end(error, span, context)
 
@@ -152,9 +152,25 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
             span.set_attribute("rpc.grpc.status_code", grpc.StatusCode.OK.value[0])
 
 
+class _CallerGone(Exception):
+    """The connection broke in the middle of a message, before gRPC cancelled the call."""
+
+
+async def _write(context: _Context, response: Any) -> None:
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError as error:
+        raise _CallerGone from error
+
+
 async def _end(error: BaseException, span: Span, context: _Context) -> NoReturn:
     """End the call as its error says. Always raises: gRPC's AbortError, or the cancellation."""
     error = _single(error)
+    if isinstance(error, _CallerGone):
+        # As if the cancellation had come first: there is nobody to be told.
+        span.set_attribute("rpc.cancelled", True)
+        span.set_attribute("rpc.grpc.status_code", grpc.StatusCode.CANCELLED.value[0])
+        raise asyncio.CancelledError from error
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         if task is not None and task.cancelling():

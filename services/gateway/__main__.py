@@ -1,6 +1,7 @@
 """The gateway process: ``python -m services.gateway --config gateway.yaml``."""
 
-from contextlib import AsyncExitStack
+import asyncio
+from contextlib import AsyncExitStack, suppress
 
 import structlog
 
@@ -19,6 +20,8 @@ from services.gateway.http_api import make_app
 from services.gateway.http_server import HttpServer
 
 SERVICE = "hexgen2.v1.Gateway"
+#: How soon calls to lost replicas are looked at again.
+AGAIN_S = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -78,9 +81,11 @@ async def _follow(watcher: PlanWatcher, gateway: Gateway, server: GrpcServer) ->
             ready = gateway.ready()
             log.info("serving" if ready else "not_serving", plan_epoch=plan.epoch)
             await server.set_serving(ready)
-        await gateway.plan_changed()
+        again = await gateway.plan_changed()
         if watcher.plan is plan and watcher.statuses is statuses:
-            await watcher.wait_changed()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(AGAIN_S if again else None):
+                    await watcher.wait_changed()
 
 
 def main() -> None:

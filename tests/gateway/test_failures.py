@@ -18,6 +18,7 @@ from hexgen2.errors import (
     TransferRefused,
     Unavailable,
 )
+from hexgen2.plan import ReplicaState
 from tests.gateway.asking import answer_of, ask, ask_stream
 from tests.gateway.house import EOS, House, Script, fails, first_token, house, rest, silent, tokens, verified
 
@@ -257,3 +258,50 @@ async def test_what_no_retry_can_mend_is_told_at_once(folder: Path, error: Hexge
         assert seen == status
         assert str(error).split(": ")[-1] in body["error"]["message"]
         assert sum(len(worker.calls) for worker in made.prefills) == 1
+
+
+async def test_calls_to_a_replica_that_the_coordinator_has_lost_are_ended_when_they_are_silent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(folder, decodes=2) as made:
+        made.answers("ok")
+        for worker in made.decodes:
+            worker.script = silent
+        asking = asyncio.create_task(ask(made))
+        called = [asyncio.create_task(worker.first_call()) for worker in made.decodes]
+        done, waiting = await asyncio.wait(called, return_when=asyncio.FIRST_COMPLETED)
+        number = called.index(done.pop())
+        for task in waiting:
+            task.cancel()
+        other = made.decodes[1 - number]
+        other.script = rest([*made.ids("k"), EOS])
+        made.set_states(**{f"decode_{number}": ReplicaState.LOST})
+        # It has said something lately: it may be alive all the same.
+        assert await made.gateway.plan_changed()
+        assert not made.decodes[number].calls[0].over.is_set()
+        monkeypatch.setattr("hexgen2.gateway.peers.SILENT_S", 0.0)
+        assert not await made.gateway.plan_changed()
+        status, body = await asking
+        assert (status, answer_of(body)) == (200, "ok")
+        assert await made.decodes[number].calls[0].ended()
+        # The same transfer, without another prefill.
+        assert len(made.prefills[0].calls) == 1
+
+
+async def test_a_lost_replica_breaks_an_answer_off_and_those_that_speak_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        made.decodes[0].script = rest(made.ids("k"), hold=True)
+        asking = asyncio.create_task(ask_stream(made))
+        await (await made.prefills[0].first_call()).ended()
+        monkeypatch.setattr("hexgen2.gateway.peers.SILENT_S", 0.0)
+        assert not await made.gateway.plan_changed()
+        assert not asking.done()
+        made.set_states(decode_0=ReplicaState.LOST)
+        await made.gateway.plan_changed()
+        text, whole, error = await asking
+        assert ("ok".startswith(text), whole) == (True, False)
+        assert error is not None
+        assert "the decode replica was lost" in error["message"]

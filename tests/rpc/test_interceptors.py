@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from hexgen2.errors import ModelNotFound
 from hexgen2.rpc.client import channel, trace_metadata, traceparent
+from hexgen2.rpc.interceptors import ServerInterceptor
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc, decode_pb2, decode_pb2_grpc, types_pb2
 
@@ -61,6 +63,36 @@ async def test_an_error_is_on_its_span(spans: InMemorySpanExporter, service: Any
     assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "no model 'x' here")
     assert span.attributes["error.type"] == "ModelNotFound"
     assert span.attributes["rpc.grpc.status_code"] == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+class BrokenConnection:
+    """A call whose caller was killed: what gRPC does before it has noticed."""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    async def write(self, response: Any) -> None:
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+async def test_a_connection_that_breaks_within_a_message_is_a_cancellation(
+    spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def stream(request: Any, context: Any) -> AsyncIterator[coordinator_pb2.WatchPlanResponse]:
+        yield coordinator_pb2.WatchPlanResponse()
+
+    async def continuation(details: Any) -> Any:
+        return grpc.unary_stream_rpc_method_handler(stream)
+
+    details = SimpleNamespace(method="/hexgen2.v1.Coordinator/WatchPlan")
+    handler: Any = await ServerInterceptor().intercept_service(continuation, details)
+    with pytest.raises(asyncio.CancelledError):
+        await handler.unary_stream(WATCH, BrokenConnection())
+    (span,) = server_spans(spans)
+    assert span.attributes is not None
+    assert span.attributes["rpc.cancelled"] is True
+    assert span.status.status_code is StatusCode.UNSET
+    assert "call_failed" not in caplog.text
 
 
 @pytest.mark.parametrize("flood", [False, True])

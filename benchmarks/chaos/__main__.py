@@ -1,0 +1,156 @@
+"""``python -m benchmarks.chaos``: see the package, and docs/chaos.md."""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.chaos import asks, oracle, report, verdict
+from benchmarks.chaos.faults import deck
+from benchmarks.chaos.house import HouseConfig, running
+from benchmarks.chaos.run import Load, crashes, retried, run
+from benchmarks.chaos.watch import SpanTail
+from hexgen2 import netns
+from hexgen2.cli.fleet_config import default_model
+from hexgen2.config import EmulatedEngineConfig, KvConfig
+from hexgen2.model import load_model
+from hexgen2.text.tokenizer import TextModel
+
+NUM_PROMPTS = 300
+LONGEST_PROMPT = 1000
+#: Pages of 128 tokens that a pool holds: fewer than the requests at work would like to have.
+POOL_PAGES = 24
+LANDING_LAYERS = 8
+MAX_QUEUED = 48
+
+
+@click.command()
+@click.option("--seconds", default=600.0, show_default=True, help="of load, over all transports")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--rate", default=25.0, show_default=True, help="requests per second")
+@click.option("--transport", type=click.Choice(["both", "tcp", "ucx"]), default="both", show_default=True)
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="default: the default model's folder")
+@click.option("--keep", is_flag=True, help="keep logs and traces also when nothing was found")
+@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+def main(
+    seconds: float, seed: int, rate: float, transport: str, tokenizer: Path | None, keep: bool, as_json: bool
+) -> None:
+    """Load, faults and meddling; exit status 1 when anything happened that must not."""
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
+    tokenizer = tokenizer or default_model()
+    no_links = netns.why_not()
+    if no_links:
+        console.print(f"[yellow]faults of links are left out[/]: no network namespaces here ({no_links})")
+    else:
+        # Before any thread is started: all that follows, this process included, is alone on its own network.
+        netns.enter()
+    transports = {"tcp": 0.6, "ucx": 0.4} if transport == "both" else {transport: 1.0}
+    results = []
+    for name, share in transports.items():
+        # UCX reads between network namespaces go over its emulated TCP, which is not for production: loopback.
+        links = not no_links and name == "tcp"
+        setting = f"emulated engine, {name}, {'links' if links else 'loopback'}"
+        result = asyncio.run(_one(setting, name, seconds * share, seed, rate, tokenizer, links=links, console=console))
+        results.append(result)
+        report.show(result, console)
+        if result.ok and not keep:
+            shutil.rmtree(result.folder, ignore_errors=True)
+    if as_json:
+        click.echo(json.dumps([_json(result) for result in results], indent=1))
+    sys.exit(0 if all(result.ok for result in results) else 1)
+
+
+async def _one(
+    setting: str,
+    transport: str,
+    seconds: float,
+    seed: int,
+    rate: float,
+    tokenizer: Path,
+    *,
+    links: bool,
+    console: Console,
+) -> report.Result:
+    folder = Path(tempfile.mkdtemp(prefix="hexgen2-chaos-"))
+    # Traces and run files of every process.
+    os.environ["HEXGEN2_HOME"] = str(folder)
+    engine = EmulatedEngineConfig(
+        vocab_size=load_model(tokenizer).vocab_size, prefill_tokens_per_s=10_000.0, decode_step_base_s=0.005
+    )
+    text = TextModel.load(tokenizer)
+    vocabulary = range(oracle_first(engine.vocab_size), engine.vocab_size)
+    with console.status("the right answers"):
+        prompts = oracle.make_prompts(NUM_PROMPTS, LONGEST_PROMPT, vocabulary, seed)
+        known = [oracle.emulated_answer(engine, prompt) for prompt in prompts]
+        page_tokens = POOL_PAGES * 128
+        [large] = oracle.make_prompts(1, 1, vocabulary, seed)
+        oversize = [oracle.emulated_answer(engine, large * (page_tokens + 200))]
+    token_bytes = engine.num_layers * engine.num_kv_heads * engine.head_dim * 2 * 4
+    kv = KvConfig.model_validate(
+        {
+            "transport": transport,
+            "send_bytes": POOL_PAGES * 128 * token_bytes,
+            "staging_bytes": POOL_PAGES * 128 * token_bytes,
+            "landing_bytes": LANDING_LAYERS * 128 * token_bytes // engine.num_layers,
+            "max_queued": MAX_QUEUED,
+        }
+    )
+    config = HouseConfig(folder, tokenizer, engine, kv, namespaces=links)
+    load = Load(asks.asks(known, oversize, seed), known, seconds, rate, seed, burst_every_s=15.0)
+    tail = SpanTail(folder / "traces")
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn()
+    )
+    progress.live.console = console
+    with console.status(f"{setting}: starting"):
+        house_running = running(config)
+        house = await house_running.__aenter__()
+    try:
+        with progress:
+            task = progress.add_task(setting, total=int(seconds * rate), now="")
+
+            def show(num: int, answered: int, strikes: int) -> None:
+                progress.update(task, completed=num, now=f"{num} requests, {answered} answered, {strikes} faults")
+
+            seen = await run(house, load, deck(links=links, seconds=seconds), text, tail, show)
+    finally:
+        await house_running.__aexit__(None, None, None)
+    tail.read()
+    tail.close()
+    judged = verdict.judge(seen.outcomes, seen.strikes, tail.work, retried(house))
+    seen.violations += crashes(house)
+    return report.Result(setting, seen, judged, str(folder))
+
+
+def oracle_first(vocab_size: int) -> int:
+    """Tokens that are no special ones, of a large or a small vocabulary."""
+    return min(300, vocab_size // 4)
+
+
+def _json(result: report.Result) -> dict[str, object]:
+    seen = asdict(result.seen)
+    outcomes = seen.pop("outcomes")
+    violations = [*map(asdict, result.verdict.violations), *seen.pop("violations")]
+    verdict_fields = asdict(result.verdict)
+    verdict_fields.pop("violations")
+    return {
+        "setting": result.setting,
+        "ok": result.ok,
+        "num_requests": len(outcomes),
+        **verdict_fields,
+        **{key: value for key, value in seen.items() if key != "strikes"},
+        "violations": violations,
+        "folder": "" if result.ok else result.folder,
+    }
+
+
+if __name__ == "__main__":
+    main()
