@@ -80,8 +80,11 @@ def compositions(fabric: Fabric, limits: Limits) -> Iterator[tuple[str, Composit
 def columns(fabric: Fabric, limits: Limits, strategies: Strategies, roles: frozenset[str]) -> tuple[Column, ...]:
     """Of every composition that can hold the model: its best rates in the roles that are allowed."""
     found = []
-    for site, composition in compositions(fabric, limits):
-        prefill, decode, colocated = strategies.of(composition).rates
+    places = tuple(compositions(fabric, limits))
+    for (site, composition), candidates in zip(
+        places, strategies.of_all([composition for _, composition in places]), strict=True
+    ):
+        prefill, decode, colocated = candidates.rates
         column = Column(
             site,
             composition,

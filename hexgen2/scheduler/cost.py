@@ -14,10 +14,10 @@ from hexgen2.cluster_file import catalog_gpu
 from hexgen2.llm import Llm
 from hexgen2.scheduler.cost_model import MEMORY_UTILIZATION, OVERHEAD_BYTES, STAGING_BYTES, even_stages
 from hexgen2.scheduler.cost_model import CostModel as CostModel
-from hexgen2.scheduler.cost_model import DecodeRate as DecodeRate
 from hexgen2.scheduler.cost_model import Stage as Stage
 from hexgen2.scheduler.cost_model import Stages as Stages
 from hexgen2.scheduler.efficiency import engine
+from hexgen2.scheduler.rates import Rate as Rate
 from hexgen2.workload import LengthClass, Workload
 
 

@@ -5,16 +5,14 @@ takes the longer of its GPUs' kernels and its host's launching of them. Pure; an
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from hexgen2.cluster import GpuType
 from hexgen2.llm import Llm
 from hexgen2.scheduler.efficiency import Efficiency, Engine, efficiency, engine
-from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Kernels, Numbers
+from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Kernels
+from hexgen2.scheduler.rates import Figures, Rate, Rates
 from hexgen2.workload import Workload
 
 #: Of the driver's memory an engine may use so much, as vLLM's ``gpu_memory_utilization`` has it.
@@ -23,8 +21,6 @@ MEMORY_UTILIZATION = 0.9
 OVERHEAD_BYTES = 1_000_000_000
 #: Registered memory of the KV hand-off per GPU (``KvConfig``: staging and landing, or the send buffer).
 STAGING_BYTES = 320 << 20
-#: Parts of the engine's largest step that prefill may make do with, where sharing a step does not pay.
-TOKEN_BUDGETS = (1, 2, 4, 1_000_000)
 
 
 class Stage(NamedTuple):
@@ -42,14 +38,6 @@ class Stage(NamedTuple):
 
 
 Stages = tuple[Stage, ...]
-
-
-class DecodeRate(NamedTuple):
-    """Requests per second, with how many in flight, and the time per output token that each then sees."""
-
-    rate: float
-    batch: int
-    tpot_s: float
 
 
 class CostModel:
@@ -78,23 +66,15 @@ class CostModel:
         self.kv_bytes_per_token = llm.kv_bytes_per_token
         #: KV that a mean prompt carries from prefill to decode.
         self.kv_bytes_per_request = llm.kv_bytes_per_token * workload.mean_prompt_tokens
-        self._prompts = np.array([point.prompt_tokens for point in workload.lengths], float)
-        self._weights = np.array([point.weight for point in workload.lengths])
-        # Short prompts share a step up to its budget of tokens, which is a setting: a row for each choice of it.
-        budgets = np.array([[self.engine.max_num_batched_tokens // part] for part in TOKEN_BUDGETS], float)
-        self._together = np.clip(np.floor(budgets / self._prompts), 1, self.engine.max_num_seqs)
         self._longest = max(point.prompt_tokens + point.output_tokens for point in workload.lengths)
-        self._batches = batch_grid(self.engine.max_num_seqs)
-        self._kernels: dict[tuple[str, int, float, float], _Tables] = {}
-        self._stage_parts: dict[tuple[Any, bool, bool], _Part] = {}
-        self._prefill_rates: dict[Stages, float] = {}
-        self._decode_rates: dict[Stages, DecodeRate] = {}
+        self._kernels: dict[tuple[str, int, float, float], Kernels] = {}
+        self._rates = Rates(self)
 
     def prefill_s(self, stages: Stages, prompt_tokens: float, batch: int = 1) -> float:
         """Seconds from the start of a step with ``batch`` prompts to their first tokens, all stages in turn."""
         total = 0.0
         for number, stage in enumerate(stages):
-            kernels = self._tables(stage).kernels
+            kernels = self._kernels_of(stage)
             gpu = stage.num_layers * float(kernels.prefill_layer_s(prompt_tokens, batch))
             if number == len(stages) - 1:
                 gpu += float(kernels.head_s(batch))
@@ -105,7 +85,7 @@ class CostModel:
         """Seconds of one token for each of ``batch`` requests with ``context_tokens`` cached, all stages in turn."""
         total = 0.0
         for number, stage in enumerate(stages):
-            kernels = self._tables(stage).kernels
+            kernels = self._kernels_of(stage)
             gpu = stage.num_layers * float(kernels.decode_layer_s(batch, context_tokens))
             if number == len(stages) - 1:
                 gpu += float(kernels.head_s(batch))
@@ -138,7 +118,7 @@ class CostModel:
 
     def kv_tokens(self, stages: Stages) -> float:
         """Tokens whose KV fits beside the weights, in the stage that has least room; negative when these do not fit."""
-        return min(part.kv_tokens for part in self._parts(stages))
+        return self._rates.of(stages).kv_tokens
 
     def fits(self, stages: Stages) -> bool:
         """Whether weights and the longest request of the workload fit."""
@@ -146,123 +126,49 @@ class CostModel:
 
     def max_batch(self, stages: Stages) -> int:
         """Requests of mean context whose KV fits at once; 0 when the model does not fit."""
-        if not self.fits(stages):
-            return 0
-        return int(self.kv_tokens(stages) / self.workload.mean_context_tokens)
+        return int(self.kv_tokens(stages) / self.workload.mean_context_tokens) if self.fits(stages) else 0
 
     def prefill_latency_s(self, stages: Stages) -> float:
         """Mean seconds to the first token of a request that is alone."""
-        hops = sum(self._hop_s(stages, number, self.workload.mean_prompt_tokens) for number in range(len(stages)))
-        return sum(part.prefill_alone_s for part in self._parts(stages)) + float(hops)
+        return self._rates.of(stages).latency_s
 
     def prefill_rate(self, stages: Stages) -> float:
         """Prompts per second: one over the mean time that the busiest stage, or link between stages, gives to one.
 
         The mean of the time over the lengths, never the time of the mean length. 0 when the model does not fit.
         """
-        found = self._prefill_rates.get(stages)
-        if found is None:
-            found = self._prefill_rates[stages] = self._prefill_rate(stages)
-        return found
+        return self._rates.of(stages).prefill_rps
 
-    def decode_rate(self, stages: Stages) -> DecodeRate:
+    def decode_rate(self, stages: Stages) -> Rate:
         """The highest rate of whole answers within memory and the workload's limit of time per token; 0 if none is."""
-        found = self._decode_rates.get(stages)
-        if found is None:
-            found = self._decode_rates[stages] = self._decode_rate(stages)
-        return found
+        return self._rates.of(stages).decode
 
-    def _prefill_rate(self, stages: Stages) -> float:
-        if not self.fits(stages):
-            return 0.0
-        parts = self._parts(stages)
-        busy = parts[0].prefill_busy_s
-        for part in parts[1:]:
-            busy = np.maximum(busy, part.prefill_busy_s)
-        hops = (self._hop_s(stages, number, self.workload.mean_prompt_tokens) for number in range(len(stages)))
-        return float(1.0 / max(float(busy.min()), *hops))
+    def colocated_rate(self, stages: Stages) -> Rate:
+        """The same of a replica that does both phases: see `Rates`."""
+        return self._rates.of(stages).colocated
 
-    def _decode_rate(self, stages: Stages) -> DecodeRate:
-        limit = self.max_batch(stages)
-        if limit < 1:
-            return DecodeRate(0.0, 0, 0.0)
-        # Seconds for every size of a micro-batch on the grid, all stages in turn and in the slowest of them.
-        through, slowest = np.zeros_like(self._batches), np.zeros_like(self._batches)
-        for number, part in enumerate(self._parts(stages)):
-            through, slowest = through + part.decode_s, np.maximum(slowest, part.decode_s)
-            if number < len(stages) - 1:
-                hop = self._hop_s(stages, number, self._batches)
-                through, slowest = through + hop, np.maximum(slowest, hop)
-        best = DecodeRate(0.0, 0, 0.0)
-        for micro_batches in {1, len(stages)}:
-            interval = np.maximum(through, micro_batches * slowest)
-            in_flight = micro_batches * self._batches
-            allowed = in_flight <= limit
-            if self.workload.tpot_s is not None:
-                allowed &= interval <= self.workload.tpot_s
-            # An answer of one token never reaches decode; the mean is kept above zero for workloads of only those.
-            rates = np.where(allowed, in_flight / (max(self.workload.mean_decode_tokens, 1e-9) * interval), 0.0)
-            top = int(np.argmax(rates))
-            if rates[top] > best.rate:
-                best = DecodeRate(float(rates[top]), int(in_flight[top]), float(interval[top]))
-        return best
+    def figures(self, rows: Sequence[Stages]) -> list[Figures]:
+        """All of these for many replicas at once, much faster than one after the other."""
+        return self._rates.of_all(rows)
 
-    def _parts(self, stages: Stages) -> "list[_Part]":
-        """What each stage costs by itself: the same stages return in very many replicas, so this is remembered."""
-        last = len(stages) - 1
-        parts = []
-        for number, stage in enumerate(stages):
-            key = (stage[:5], number == 0, number == last)
-            part = self._stage_parts.get(key)
-            if part is None:
-                part = self._stage_parts[key] = self._part(stages, number)
-            parts.append(part)
-        return parts
-
-    def _part(self, stages: Stages, number: int) -> "_Part":
-        stage, llm = stages[number], self.llm
-        if not llm.allows_tensor_parallel_size(stage.tensor_parallel_size):
-            return _Part(
-                -math.inf, np.full(len(TOKEN_BUDGETS), math.inf), math.inf, np.full_like(self._batches, math.inf)
-            )
-        room = self.usable_bytes(stage.gpu) - self.weight_bytes_per_gpu(stages, number)
-        share = min(stage.tensor_parallel_size, llm.num_kv_heads)
-        tables, host, last = self._tables(stage), self.engine.host(self.gpus[stage.gpu]), number == len(stages) - 1
-        launch = host.step_s + host.layer_s * stage.num_layers
-        extra = self.engine.prefill_s if number == 0 else 0.0
-        together = stage.num_layers * tables.prefill_layer_s + tables.prefill_head_s * last
-        together = np.maximum(together, launch + host.request_s * self._together) + extra
-        alone = stage.num_layers * tables.kernels.prefill_layer_s(self._prompts, 1) + tables.kernels.head_s(1) * last
-        alone = np.maximum(alone, launch + host.request_s) + extra
-        decode = stage.num_layers * tables.decode_layer_s + tables.decode_head_s * last
-        return _Part(
-            kv_tokens=room / (stage.num_layers * llm.kv_bytes_per_token_layer / share),
-            prefill_busy_s=(together / self._together) @ self._weights,
-            prefill_alone_s=float(self._weights @ alone),
-            decode_s=np.maximum(decode, launch + host.request_s * self._batches),
-        )
-
-    def _tables(self, stage: Stage) -> "_Tables":
-        key = (stage.gpu, stage.tensor_parallel_size, stage.tp_bandwidth_bytes_per_s, stage.tp_latency_s)
+    def kernels(self, gpu: str, tensor_parallel_size: int, bandwidth_bytes_per_s: float, latency_s: float) -> Kernels:
+        """Kernel times on so many GPUs of a type with such links between them."""
+        key = (gpu, tensor_parallel_size, bandwidth_bytes_per_s, latency_s)
         found = self._kernels.get(key)
         if found is None:
-            kernels = Kernels(
+            found = self._kernels[key] = Kernels(
                 self.llm,
-                self.gpus[stage.gpu],
-                self._efficiencies[stage.gpu],
+                self.gpus[gpu],
+                self._efficiencies[gpu],
                 self.engine,
-                stage.tensor_parallel_size,
-                stage.tp_bandwidth_bytes_per_s,
-                stage.tp_latency_s,
-            )
-            found = self._kernels[key] = _Tables(
-                kernels,
-                kernels.prefill_layer_s(self._prompts, self._together),
-                kernels.head_s(self._together),
-                kernels.decode_layer_s(self._batches, self.workload.mean_context_tokens),
-                kernels.head_s(self._batches),
+                tensor_parallel_size,
+                bandwidth_bytes_per_s,
+                latency_s,
             )
         return found
+
+    def _kernels_of(self, stage: Stage) -> Kernels:
+        return self.kernels(stage.gpu, stage.tensor_parallel_size, stage.tp_bandwidth_bytes_per_s, stage.tp_latency_s)
 
     def _host_s(self, stage: Stage, batch: float) -> float:
         host = self.engine.host(self.gpus[stage.gpu])
@@ -275,37 +181,6 @@ class CostModel:
         stage = stages[number]
         payload = tokens * self.llm.hidden_size * ACTIVATION_BYTES
         return stage.next_latency_s + payload / stage.next_bandwidth_bytes_per_s
-
-
-class _Part(NamedTuple):
-    """What one stage costs: tokens of KV it holds, seconds per prompt when busy and when alone, per decode batch.
-
-    ``prefill_busy_s`` has one entry for each of ``TOKEN_BUDGETS``.
-    """
-
-    kv_tokens: float
-    prefill_busy_s: Numbers
-    prefill_alone_s: float
-    decode_s: Numbers
-
-
-class _Tables(NamedTuple):
-    """Kernel times over the workload's prompts and over the grid of batches."""
-
-    kernels: Kernels
-    prefill_layer_s: Numbers
-    prefill_head_s: Numbers
-    decode_layer_s: Numbers
-    decode_head_s: Numbers
-
-
-@lru_cache(maxsize=8)
-def batch_grid(largest: int) -> Numbers:
-    """Batch sizes to choose from: all to 32, then steps of about 3 %, up to ``largest``."""
-    sizes = list(range(1, min(largest, 32) + 1))
-    while sizes[-1] < largest:
-        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * 1.03))))
-    return np.array(sizes, float)
 
 
 def even_stages(llm: Llm, gpu: GpuType, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> Stages:

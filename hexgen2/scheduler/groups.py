@@ -11,7 +11,7 @@ from itertools import pairwise
 from hexgen2.plan import Role
 from hexgen2.scheduler.cost import CostModel, Stage
 from hexgen2.scheduler.fabric import Fabric, Parts
-from hexgen2.scheduler.parallelism import Candidate, Shape, Strategies, colocated_rate
+from hexgen2.scheduler.parallelism import Candidate, Shape, Strategies
 
 #: Plans of the scheduler have a third kind of replica beside `Role`: one that does both phases.
 PREFILL, DECODE, COLOCATED = Role.PREFILL.value, Role.DECODE.value, "colocated"
@@ -116,7 +116,7 @@ class Groups:
         if role == DECODE:
             rate, batch, tpot_s = cost.decode_rate(stages)
         else:
-            rate, batch, tpot_s = colocated_rate(cost, stages)
+            rate, batch, tpot_s = cost.colocated_rate(stages)
         return (rate, latency_s, tpot_s, batch) if rate > 0 else None
 
     def _pools(self, shapes: tuple[Shape, ...], parts: Parts) -> list[int] | None:

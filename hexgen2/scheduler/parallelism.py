@@ -11,6 +11,7 @@ from itertools import product
 
 from hexgen2.scheduler.cost import CostModel, Stage
 from hexgen2.scheduler.fabric import Composition, Fabric
+from hexgen2.scheduler.rates import Figures
 
 #: A stage before it stands anywhere: (kind, GPUs, layers).
 Shape = tuple[int, int, int]
@@ -68,9 +69,17 @@ class Strategies:
     def of(self, composition: Composition) -> Candidates:
         """The candidates of a composition."""
         found = self._found.get(composition)
-        if found is None:
-            found = self._found[composition] = self._rank(composition)
-        return found
+        return found if found is not None else self.of_all((composition,))[0]
+
+    def of_all(self, compositions: Sequence[Composition]) -> list[Candidates]:
+        """The candidates of many, in their order: their costs are found together."""
+        missing = [each for each in dict.fromkeys(compositions) if each not in self._found]
+        shapes = [tuple(self._shapes(each)) if self._has_room(each) else () for each in missing]
+        stages = [tuple(self.stage(shape, *self._ideal) for shape in row) for rows in shapes for row in rows]
+        figures = iter(self._cost.figures(stages))
+        for composition, rows in zip(missing, shapes, strict=True):
+            self._found[composition] = self._rank([_candidate(row, next(figures)) for row in rows])
+        return [self._found[each] for each in compositions]
 
     def stage(self, shape: Shape, bandwidth_bytes_per_s: float, latency_s: float) -> Stage:
         """A stage with its link to the next."""
@@ -85,45 +94,24 @@ class Strategies:
             latency_s,
         )
 
-    def _rank(self, composition: Composition) -> Candidates:
-        cost, memory = self._cost, self._fabric.cluster
-        room = sum(
-            cost.usable_bytes(memory.gpu_type(self._fabric.kinds[kind].gpu).name) * count for kind, count in composition
-        )
-        if room < cost.llm.weight_bytes:
-            return Candidates((), (), (), None)
-        found = {shapes: self._evaluate(shapes) for shapes in self._shapes(composition)}
-        every = [candidate for candidate in found.values() if candidate is not None]
-        able = [candidate for candidate in every if candidate.prefill_rps > 0]
+    def _has_room(self, composition: Composition) -> bool:
+        room = (self._cost.usable_bytes(self._fabric.kinds[kind].gpu) * count for kind, count in composition)
+        return sum(room) >= self._cost.llm.weight_bytes
+
+    def _rank(self, candidates: Sequence[Candidate]) -> Candidates:
+        able = [each for each in candidates if each.prefill_rps > 0]  # to hold the model
         quickest = min(able, key=lambda each: (each.latency_s, each.shapes), default=None)
-        limit = cost.workload.ttft_s or (LATENCY_SLACK * quickest.latency_s if quickest else 0.0)
-        in_time = [candidate for candidate in able if candidate.latency_s <= limit]
+        limit = self._cost.workload.ttft_s or (LATENCY_SLACK * quickest.latency_s if quickest else 0.0)
+        in_time = [each for each in able if each.latency_s <= limit]
         return Candidates(
             tuple(sorted(in_time, key=lambda each: (-each.prefill_rps, each.latency_s, each.shapes))),
-            tuple(sorted((c for c in every if c.decode_rps > 0), key=lambda c: (-c.decode_rps, c.tpot_s, c.shapes))),
+            tuple(sorted((c for c in able if c.decode_rps > 0), key=lambda c: (-c.decode_rps, c.tpot_s, c.shapes))),
             tuple(
                 sorted(
                     (c for c in in_time if c.colocated_rps > 0), key=lambda c: (-c.colocated_rps, c.tpot_s, c.shapes)
                 )
             ),
             quickest,
-        )
-
-    def _evaluate(self, shapes: tuple[Shape, ...]) -> Candidate | None:
-        cost = self._cost
-        stages = tuple(self.stage(shape, *self._ideal) for shape in shapes)
-        prefill = cost.prefill_rate(stages)
-        if prefill <= 0:  # the model does not fit
-            return None
-        decode = cost.decode_rate(stages)
-        return Candidate(
-            shapes,
-            prefill,
-            cost.prefill_latency_s(stages),
-            decode.rate,
-            decode.tpot_s,
-            decode.batch,
-            colocated_rate(cost, stages)[0],
         )
 
     def _shapes(self, composition: Composition) -> Iterator[tuple[Shape, ...]]:
@@ -196,24 +184,16 @@ class Strategies:
         return most
 
 
-def colocated_rate(cost: CostModel, stages: tuple[Stage, ...]) -> tuple[float, int, float]:
-    """Requests per second, batch and time per token of a replica that does both phases with one strategy.
-
-    A request takes 1/p of its time for prefill and 1/d for decode, so p d / (p + d) a second; steps of decode wait
-    for prefill's, so a token takes (1 + d/p) as long. Fewer are decoded at once where that would break the limit.
-    """
-    prefill, decode = cost.prefill_rate(stages), cost.decode_rate(stages)
-    if prefill <= 0 or decode.rate <= 0:
-        return 0.0, 0, 0.0
-    limit = cost.workload.tpot_s
-    rate, batch, tpot_s = decode
-    while limit is not None and tpot_s * (1 + rate / prefill) > limit:
-        batch //= 2
-        if batch < 1:
-            return 0.0, 0, 0.0
-        tpot_s = cost.decode_step_s(stages, batch, cost.workload.mean_context_tokens)
-        rate = batch / (max(cost.workload.mean_decode_tokens, 1e-9) * tpot_s)
-    return prefill * rate / (prefill + rate), batch, tpot_s * (1 + rate / prefill)
+def _candidate(shapes: tuple[Shape, ...], figures: Figures) -> Candidate:
+    return Candidate(
+        shapes,
+        figures.prefill_rps,
+        figures.latency_s,
+        figures.decode.rate,
+        figures.decode.tpot_s,
+        figures.decode.batch,
+        figures.colocated.rate,
+    )
 
 
 def apportion(shares: Sequence[float], most: Sequence[int], total: int) -> tuple[int, ...] | None:

@@ -18,10 +18,10 @@ from hexgen2.scheduler.cost_model import (
     STAGING_BYTES,
     CostModel,
     Stage,
-    batch_grid,
     even_stages,
 )
 from hexgen2.scheduler.kernels import blended_max
+from hexgen2.scheduler.rates import batch_grid
 from hexgen2.workload import LengthClass, Workload
 from hexgen2.workload_file import find_workload
 

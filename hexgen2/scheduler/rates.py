@@ -1,0 +1,246 @@
+"""Requests per second of many replicas at once: what the search asks for, thousands of times, in arrays.
+
+A stage's costs depend on its GPUs and layers alone, so they are found once per kind of stage; a replica's are their
+sums and maxima. The same replica has the same figures, bit for bit, whether it is asked for alone or among others.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Numbers
+
+if TYPE_CHECKING:
+    from hexgen2.scheduler.cost_model import CostModel, Stages
+
+#: Parts of the engine's largest step that prefill may make do with, where sharing a step does not pay.
+TOKEN_BUDGETS = (1, 2, 4, 1_000_000)
+#: Replicas that are worked on at once: arrays of this many rows stay in a processor's cache.
+AT_ONCE = 512
+
+
+class Rate(NamedTuple):
+    """Requests per second, with how many in flight, and the time per output token that each then sees."""
+
+    rate: float
+    batch: int
+    tpot_s: float
+
+
+#: Of a replica that cannot have a role.
+NONE = Rate(0.0, 0, 0.0)
+
+
+class Figures(NamedTuple):
+    """What one replica can do. ``kv_tokens`` fit beside its weights; ``latency_s``: prefill of one prompt, alone."""
+
+    kv_tokens: float
+    prefill_rps: float
+    latency_s: float
+    decode: Rate
+    colocated: Rate
+
+
+class Rates:
+    """Figures by stages, remembered."""
+
+    def __init__(self, cost: "CostModel") -> None:
+        self._cost = cost
+        work, limits = cost.workload, cost.engine
+        self._prompts = np.array([point.prompt_tokens for point in work.lengths], float)
+        self._weights = np.array([point.weight for point in work.lengths])
+        # Short prompts share a step up to its budget of tokens, which is a setting: a row for each choice of it.
+        budgets = np.array([[limits.max_num_batched_tokens // part] for part in TOKEN_BUDGETS], float)
+        self._together = np.clip(np.floor(budgets / self._prompts), 1, limits.max_num_seqs)
+        self._longest = max(point.prompt_tokens + point.output_tokens for point in work.lengths)
+        self._batches = batch_grid(limits.max_num_seqs)
+        # Of one token only, an answer never reaches decode; kept above zero for workloads of only those.
+        self._decode_tokens = max(work.mean_decode_tokens, 1e-9)
+        self._tables: dict[tuple[Any, ...], _Tables] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._stages = _Costs.empty(len(TOKEN_BUDGETS), len(self._batches))
+        self._found: dict[Stages, Figures] = {}
+
+    def of(self, stages: "Stages") -> Figures:
+        """Figures of one replica."""
+        found = self._found.get(stages)
+        return found if found is not None else self.of_all((stages,))[0]
+
+    def of_all(self, rows: "Sequence[Stages]") -> list[Figures]:
+        """Figures of many, in their order."""
+        missing: dict[int, list[Stages]] = {}
+        for stages in dict.fromkeys(rows):
+            if stages not in self._found:
+                missing.setdefault(len(stages), []).append(stages)
+        self._add_stages([stages for same in missing.values() for stages in same])
+        for same in missing.values():
+            for first in range(0, len(same), AT_ONCE):
+                chunk = same[first : first + AT_ONCE]
+                self._found.update(zip(chunk, self._evaluate(chunk), strict=True))
+        return [self._found[stages] for stages in rows]
+
+    def _evaluate(self, rows: "Sequence[Stages]") -> list[Figures]:
+        """Of replicas with equally many stages."""
+        size = len(rows[0])
+        at = np.array([[self._numbers[_key(stages, n)] for n in range(size)] for stages in rows])
+        bandwidth = np.array([[stage.next_bandwidth_bytes_per_s for stage in stages[:-1]] for stages in rows])
+        latency = np.array([[stage.next_latency_s for stage in stages[:-1]] for stages in rows])
+        costs, work = self._stages, self._cost.workload
+        token_s = self._cost.llm.hidden_size * ACTIVATION_BYTES / bandwidth if size > 1 else bandwidth
+        hops = latency + work.mean_prompt_tokens * token_s
+        kv_tokens = costs.kv_tokens[at].min(axis=1)
+        fits = kv_tokens >= self._longest
+        busy = costs.prefill_busy_s[at].max(axis=1).min(axis=1)
+        prefill = np.where(fits, 1.0 / np.maximum(busy, hops.max(axis=1, initial=0.0)), 0.0)
+        alone = _sum(costs.prefill_alone_s[at]) + _sum(hops)
+        room = np.where(fits, np.maximum(kv_tokens, 0.0) // work.mean_context_tokens, 0.0)
+        through, slowest = np.zeros((len(rows), len(self._batches))), np.zeros((len(rows), len(self._batches)))
+        for number in range(size):
+            steps = [costs.decode_s[at[:, number]]]
+            if number < size - 1:
+                steps.append(latency[:, number, None] + self._batches * token_s[:, number, None])
+            for step in steps:
+                through += step
+                np.maximum(slowest, step, out=slowest)
+        decode = self._decode(size, through, slowest, room, np.zeros(len(rows)))
+        # A colocated replica's steps of decode wait for those of prefill: for 1 / prefill of each request's time.
+        with np.errstate(divide="ignore"):
+            waits = 1.0 / prefill
+        colocated = self._decode(size, through, slowest, room, waits)
+        return [
+            Figures(float(kv_tokens[i]), float(prefill[i]), float(alone[i]), decode[i], colocated[i])
+            for i in range(len(rows))
+        ]
+
+    def _decode(self, size: int, through: Numbers, slowest: Numbers, room: Numbers, waits: Numbers) -> list[Rate]:
+        """The best batch of each replica: in one micro-batch, or in as many as stages, one after the other.
+
+        ``waits``: seconds that each request keeps the replica from decoding.
+        """
+        best = [NONE] * len(room)
+        limit = self._cost.workload.tpot_s
+        for micro_batches in dict.fromkeys((1, size)):
+            in_flight = micro_batches * self._batches
+            # Time of a token for all in flight, and what their share of prefill adds to it.
+            interval = np.maximum(through, micro_batches * slowest)
+            interval = interval + waits[:, None] * (in_flight / self._decode_tokens)
+            allowed = in_flight <= room[:, None]
+            if limit is not None:
+                allowed &= interval <= limit
+            rates = np.where(allowed, in_flight / (self._decode_tokens * interval), 0.0)
+            for row, top in enumerate(np.argmax(rates, axis=1)):
+                if rates[row, top] > best[row].rate:
+                    best[row] = Rate(float(rates[row, top]), int(in_flight[top]), float(interval[row, top]))
+        return best
+
+    def _add_stages(self, rows: "Sequence[Stages]") -> None:
+        """Costs of kinds of stages that have not been met."""
+        new: dict[tuple[Any, ...], dict[tuple[Any, ...], None]] = {}
+        for stages in rows:
+            for number in range(len(stages)):
+                key = _key(stages, number)
+                if key not in self._numbers:
+                    new.setdefault(key[0], {})[key] = None
+        for kind, keys in new.items():
+            for key in keys:
+                self._numbers[key] = len(self._numbers)
+            layers, first, last = (np.array([key[i] for key in keys], float) for i in (1, 2, 3))
+            self._stages = self._stages.and_more(self._costs(kind, layers, first, last))
+
+    def _costs(self, kind: tuple[Any, ...], layers: Numbers, first: Numbers, last: Numbers) -> "_Costs":
+        """Of stages on the same GPUs: ``layers`` of each, and whether it is the first or the last of its replica."""
+        cost, llm = self._cost, self._cost.llm
+        gpu, size = kind[0], kind[1]
+        if not llm.allows_tensor_parallel_size(size):
+            never = _Costs.empty(len(TOKEN_BUDGETS), len(self._batches), len(layers), math.inf)
+            return never._replace(kv_tokens=-never.kv_tokens)
+        ends = np.minimum(first + last, 1.0) if llm.tie_word_embeddings else first + last
+        weights = (layers * llm.layer_bytes + ends * llm.embedding_bytes) / size
+        share = min(size, llm.num_kv_heads)
+        tables, host = self._table(kind), cost.engine.host(cost.gpus[gpu])
+        launch = host.step_s + host.layer_s * layers
+        extra = cost.engine.prefill_s * first
+        # By stage, budget and length.
+        together = layers[:, None, None] * tables.prefill_layer_s + last[:, None, None] * tables.prefill_head_s
+        together = np.maximum(together, launch[:, None, None] + host.request_s * self._together)
+        together = (together + extra[:, None, None]) / self._together * self._weights
+        alone = layers[:, None] * tables.alone_layer_s + last[:, None] * tables.alone_head_s
+        alone = (np.maximum(alone, launch[:, None] + host.request_s) + extra[:, None]) * self._weights
+        decode = layers[:, None] * tables.decode_layer_s + last[:, None] * tables.decode_head_s
+        return _Costs(
+            kv_tokens=(cost.usable_bytes(gpu) - weights) / (layers * llm.kv_bytes_per_token_layer / share),
+            prefill_busy_s=together.sum(axis=2),
+            prefill_alone_s=alone.sum(axis=1),
+            decode_s=np.maximum(decode, launch[:, None] + host.request_s * self._batches),
+        )
+
+    def _table(self, kind: tuple[Any, ...]) -> "_Tables":
+        found = self._tables.get(kind)
+        if found is None:
+            kernels = self._cost.kernels(*kind)
+            found = self._tables[kind] = _Tables(
+                kernels.prefill_layer_s(self._prompts, self._together),
+                kernels.head_s(self._together),
+                kernels.prefill_layer_s(self._prompts, 1),
+                kernels.head_s(1),
+                kernels.decode_layer_s(self._batches, self._cost.workload.mean_context_tokens),
+                kernels.head_s(self._batches),
+            )
+        return found
+
+
+class _Costs(NamedTuple):
+    """What kinds of stages cost, one row each: tokens of KV they hold, seconds per prompt when busy (by budget) and
+    when alone, seconds per decode step (by batch)."""
+
+    kv_tokens: Numbers
+    prefill_busy_s: Numbers
+    prefill_alone_s: Numbers
+    decode_s: Numbers
+
+    @staticmethod
+    def empty(budgets: int, batches: int, rows: int = 0, value: float = 0.0) -> "_Costs":
+        """``rows`` of one value."""
+        shapes = (rows,), (rows, budgets), (rows,), (rows, batches)
+        return _Costs(*(np.full(shape, value) for shape in shapes))
+
+    def and_more(self, others: "_Costs") -> "_Costs":
+        """These rows and then the others'."""
+        return _Costs(*(np.concatenate(pair) for pair in zip(self, others, strict=True)))
+
+
+class _Tables(NamedTuple):
+    """Kernel times of one layer, and of the output head, on one kind of stage: over prompts and over batches."""
+
+    prefill_layer_s: Numbers
+    prefill_head_s: Numbers
+    alone_layer_s: Numbers
+    alone_head_s: Numbers
+    decode_layer_s: Numbers
+    decode_head_s: Numbers
+
+
+def _key(stages: "Stages", number: int) -> tuple[Any, ...]:
+    """(what stages with the same kernel times share, layers, whether first, whether last)."""
+    gpu, size, layers, bandwidth, latency = stages[number][:5]
+    return (gpu, size, bandwidth, latency), layers, number == 0, number == len(stages) - 1
+
+
+def _sum(columns: Numbers) -> Numbers:
+    """Over the columns, one after the other, so that the number of rows changes no bit."""
+    total = np.zeros(len(columns))
+    for number in range(columns.shape[1]):
+        total = total + columns[:, number]
+    return total
+
+
+@lru_cache(maxsize=8)
+def batch_grid(largest: int) -> Numbers:
+    """Batch sizes to choose from: all to 32, then steps of about 3 %, up to ``largest``."""
+    sizes = list(range(1, min(largest, 32) + 1))
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * 1.03))))
+    return np.array(sizes, float)
