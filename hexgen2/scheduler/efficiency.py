@@ -66,6 +66,8 @@ class Engine:
     prefill_s: float
     #: Time of attention over prompts, as a multiple of the kernels that were measured apart.
     prompt_attention_factor: float
+    #: Whether a step may decode and take in a part of a prompt; else each step is of one phase, prefill first.
+    chunked_prefill: bool
 
     def host(self, gpu: GpuType) -> Host:
         """Of machines with that GPU (or the one whose efficiencies it has), or what is usual."""

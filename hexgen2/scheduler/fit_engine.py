@@ -106,5 +106,7 @@ def _entry(gpus: Sequence[str], x: Array) -> dict[str, Any]:
         **LIMITS,
         "prefill_s": prefill_ms * 1e-3,
         "prompt_attention_factor": prompt_factor,
+        # Of 2023: steps of prefill alone went first (vLLM, SOSP 2023, section 4.5).
+        "chunked_prefill": False,
         "hosts": hosts,
     }

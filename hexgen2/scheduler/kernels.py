@@ -59,6 +59,33 @@ class Kernels:
         bandwidth = self.gpu.memory_bandwidth_bytes_per_s * rates.attention_memory
         return np.asarray(self._layer_s(batch) + rates.cached_attention_s + read / bandwidth)
 
+    def mixed_layer_s(
+        self,
+        batch: Any,
+        context_tokens: Any,
+        chunk_tokens: Any,
+        prompt_squares: Any,
+        read_again_tokens: Any,
+        shared_tokens: Any,
+    ) -> Numbers:
+        """Of a step that decodes for ``batch`` requests and takes in ``chunk_tokens`` of prompts.
+
+        As Sarathi-Serve has it (OSDI 2024). Matrix products see all tokens at once; attention over prompts and over cached tokens runs one after the other,
+        and a prompt's later chunks read the keys and values of its earlier ones again. ``prompt_squares``: sum of
+        squared lengths of the prompts that a step finishes; ``read_again_tokens``: of them all; ``shared_tokens``: of
+        prompts beside the first.
+        """
+        llm, rates = self.llm, self.rates
+        batch, chunk = np.asarray(batch, float), np.asarray(chunk_tokens, float)
+        flops = 2.0 * np.asarray(prompt_squares, float) * llm.num_heads * llm.head_dim / self.tensor_parallel_size
+        attention_s = flops / (self.gpu.flops * rates.attention_compute) * self.engine.prompt_attention_factor
+        share = min(self.tensor_parallel_size, llm.num_kv_heads)
+        read = (batch * np.asarray(context_tokens, float) + read_again_tokens) * llm.kv_bytes_per_token_layer / share
+        read_s = read / (self.gpu.memory_bandwidth_bytes_per_s * rates.attention_memory)
+        shared_s = self.engine.host(self.gpu).shared_token_s * np.asarray(shared_tokens, float) * llm.hidden_size
+        fixed_s = rates.attention_s + rates.cached_attention_s
+        return np.asarray(self._layer_s(batch + chunk) + fixed_s + attention_s + read_s + shared_s)
+
     def head_s(self, positions: Any) -> Numbers:
         """Of the output head for so many positions."""
         return self._gemm_s(np.asarray(positions, float), self.llm.vocab_size, self.llm.hidden_size, 2.0)

@@ -59,6 +59,13 @@ class Rates:
         self._batches = batch_grid(limits.max_num_seqs)
         # Of one token only, an answer never reaches decode; kept above zero for workloads of only those.
         self._decode_tokens = max(work.mean_decode_tokens, 1e-9)
+        # Where steps mix both phases: prompt tokens beside each batch, and prompts that they finish.
+        self._finished = self._batches / self._decode_tokens
+        self._chunk_tokens = self._finished * work.mean_prompt_tokens
+        # Of one prompt: its square, and tokens that later chunks read again.
+        self._mean_square = float(self._weights @ self._prompts**2)
+        chunks = np.maximum(1.0, self._prompts / self._chunk_tokens[:, None])
+        self._again = (chunks - 1) / 2 * self._prompts @ self._weights
         self._tables: dict[tuple[Any, ...], _Tables] = {}
         self._numbers: dict[tuple[Any, ...], int] = {}
         self._stages = _Costs.empty(len(TOKEN_BUDGETS), len(self._batches))
@@ -97,23 +104,39 @@ class Rates:
         prefill = np.where(fits, 1.0 / np.maximum(busy, hops.max(axis=1, initial=0.0)), 0.0)
         alone = _sum(costs.prefill_alone_s[at]) + _sum(hops)
         room = np.where(fits, np.maximum(kv_tokens, 0.0) // work.mean_context_tokens, 0.0)
-        through, slowest = np.zeros((len(rows), len(self._batches))), np.zeros((len(rows), len(self._batches)))
-        for number in range(size):
-            steps = [costs.decode_s[at[:, number]]]
-            if number < size - 1:
-                steps.append(latency[:, number, None] + self._batches * token_s[:, number, None])
-            for step in steps:
-                through += step
-                np.maximum(slowest, step, out=slowest)
+        through, slowest = self._steps(costs.decode_s[at], latency, token_s, self._batches)
         decode = self._decode(size, through, slowest, room, np.zeros(len(rows)))
-        # A colocated replica's steps of decode wait for those of prefill: for 1 / prefill of each request's time.
+        # Without chunks, a colocated replica's steps of decode wait for those of prefill: 1 / prefill per request.
         with np.errstate(divide="ignore"):
             waits = 1.0 / prefill
         colocated = self._decode(size, through, slowest, room, waits)
+        if self._cost.engine.chunked_prefill:
+            chunked = self._chunked(at, latency, token_s, room)
+            colocated = [one if one.rate > 0 else other for one, other in zip(chunked, colocated, strict=True)]
         return [
             Figures(float(kv_tokens[i]), float(prefill[i]), float(alone[i]), decode[i], colocated[i])
             for i in range(len(rows))
         ]
+
+    def _chunked(self, at: Any, latency: Numbers, token_s: Numbers, room: Numbers) -> list[Rate]:
+        """Rates where each step decodes and takes as large a chunk of prompts as keeps up with what it decodes."""
+        tokens = self._batches + self._chunk_tokens
+        through, slowest = self._steps(self._stages.mixed_s[at], latency, token_s, tokens)
+        never = tokens > self._cost.engine.max_num_batched_tokens
+        through = np.where(never, np.inf, through)
+        return self._decode(at.shape[1], through, slowest, room, np.zeros(len(at)))
+
+    def _steps(self, stages: Numbers, latency: Numbers, token_s: Numbers, tokens: Numbers) -> tuple[Numbers, Numbers]:
+        """By replica and batch: seconds through all stages and links, and of the slowest of them."""
+        through, slowest = np.zeros(stages[:, 0].shape), np.zeros(stages[:, 0].shape)
+        for number in range(stages.shape[1]):
+            steps = [stages[:, number]]
+            if number < stages.shape[1] - 1:
+                steps.append(latency[:, number, None] + tokens * token_s[:, number, None])
+            for step in steps:
+                through += step
+                np.maximum(slowest, step, out=slowest)
+        return through, slowest
 
     def _decode(self, size: int, through: Numbers, slowest: Numbers, room: Numbers, waits: Numbers) -> list[Rate]:
         """The best batch of each replica: in one micro-batch, or in as many as stages, one after the other.
@@ -170,11 +193,14 @@ class Rates:
         alone = layers[:, None] * tables.alone_layer_s + last[:, None] * tables.alone_head_s
         alone = (np.maximum(alone, launch[:, None] + host.request_s) + extra[:, None]) * self._weights
         decode = layers[:, None] * tables.decode_layer_s + last[:, None] * tables.decode_head_s
+        mixed_requests = self._batches + np.maximum(1.0, self._finished)
+        mixed = layers[:, None] * tables.mixed_layer_s + last[:, None] * tables.mixed_head_s
         return _Costs(
             kv_tokens=(cost.usable_bytes(gpu) - weights) / (layers * llm.kv_bytes_per_token_layer / share),
             prefill_busy_s=together.sum(axis=2),
             prefill_alone_s=alone.sum(axis=1),
             decode_s=np.maximum(decode, launch[:, None] + host.request_s * self._batches),
+            mixed_s=np.maximum(mixed, launch[:, None] + host.request_s * mixed_requests) + extra[:, None],
         )
 
     def _table(self, kind: tuple[Any, ...]) -> "_Tables":
@@ -188,23 +214,33 @@ class Rates:
                 kernels.head_s(1),
                 kernels.decode_layer_s(self._batches, self._cost.workload.mean_context_tokens),
                 kernels.head_s(self._batches),
+                kernels.mixed_layer_s(
+                    self._batches,
+                    self._cost.workload.mean_context_tokens,
+                    self._chunk_tokens,
+                    self._finished * self._mean_square,
+                    self._finished * self._again,
+                    np.maximum(0.0, self._chunk_tokens - self._cost.workload.mean_prompt_tokens),
+                ),
+                kernels.head_s(self._batches + self._finished),
             )
         return found
 
 
 class _Costs(NamedTuple):
     """What kinds of stages cost, one row each: tokens of KV they hold, seconds per prompt when busy (by budget) and
-    when alone, seconds per decode step (by batch)."""
+    when alone, seconds per decode step, and per step that also takes prompts in (both by batch)."""
 
     kv_tokens: Numbers
     prefill_busy_s: Numbers
     prefill_alone_s: Numbers
     decode_s: Numbers
+    mixed_s: Numbers
 
     @staticmethod
     def empty(budgets: int, batches: int, rows: int = 0, value: float = 0.0) -> "_Costs":
         """``rows`` of one value."""
-        shapes = (rows,), (rows, budgets), (rows,), (rows, batches)
+        shapes = (rows,), (rows, budgets), (rows,), (rows, batches), (rows, batches)
         return _Costs(*(np.full(shape, value) for shape in shapes))
 
     def and_more(self, others: "_Costs") -> "_Costs":
@@ -221,6 +257,8 @@ class _Tables(NamedTuple):
     alone_head_s: Numbers
     decode_layer_s: Numbers
     decode_head_s: Numbers
+    mixed_layer_s: Numbers
+    mixed_head_s: Numbers
 
 
 def _key(stages: "Stages", number: int) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """The cost model: its limits, its orders, and figures that can be checked in the head."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from hexgen2.scheduler.cost_model import (
     Stage,
     even_stages,
 )
+from hexgen2.scheduler.efficiency import engine
 from hexgen2.scheduler.kernels import blended_max
 from hexgen2.scheduler.rates import batch_grid
 from hexgen2.workload import LengthClass, Workload
@@ -121,6 +123,36 @@ def test_decode_rate_is_batch_over_answer_time() -> None:
     rate, batch, tpot_s = costs.decode_rate(replica())
     assert tpot_s == pytest.approx(costs.decode_step_s(replica(), batch, costs.workload.mean_context_tokens))
     assert rate == pytest.approx(batch / (199 * tpot_s))
+
+
+def test_steps_of_both_phases_cost_more_than_decode_and_less_than_one_of_each() -> None:
+    costs = model((1000, 201))
+    kernels = costs.kernels("H100-SXM", 4, 450e9, 2e-6)
+    # 32 requests decode; 160 tokens of prompts keep up with them, a sixth of a prompt.
+    both = kernels.mixed_layer_s(32, 1100, 160, 0.16 * 1000**2, 0, 0)
+    assert kernels.decode_layer_s(32, 1100) < both
+    assert both < kernels.decode_layer_s(32, 1100) + kernels.prefill_layer_s(160, 1) * 1000 / 160
+    # Later chunks read what earlier ones wrote.
+    assert kernels.mixed_layer_s(32, 1100, 160, 0.16 * 1000**2, 400, 0) > both
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_colocated_replica_serves_less_than_either_phase_alone(chunked: bool) -> None:
+    profile = dataclasses.replace(engine("assumed-cuda-graphs"), chunked_prefill=chunked)
+    work = Workload(lengths=(LengthClass(prompt_tokens=1000, output_tokens=200, weight=1.0),))
+    costs = CostModel(llm.find(MODEL), work, [catalog_gpu("H100-SXM")], profile)
+    apart = 1 / (1 / costs.prefill_rate(replica()) + 1 / costs.decode_rate(replica()).rate)
+    both = costs.colocated_rate(replica())
+    assert both.rate < min(costs.prefill_rate(replica()), costs.decode_rate(replica()).rate)
+    assert both.rate == pytest.approx(apart, rel=0.1 if chunked else 1e-9)
+    assert both.tpot_s > costs.decode_rate(replica()).tpot_s
+
+
+def test_replicas_have_the_same_figures_alone_and_among_others() -> None:
+    rows = [replica(tp=tp, pp=pp) for tp in (2, 4, 8) for pp in (1, 2, 4)] + [replica("L40", 8), replica("L40", 1, 3)]
+    together = model().figures(rows)
+    assert together == [model().figures([row])[0] for row in rows]
+    assert together[-1].prefill_rps == 0.0
 
 
 def test_micro_batches_keep_a_pipeline_busy() -> None:
