@@ -22,6 +22,9 @@ from hexgen2.scheduler.fabric import Composition
 #: HiGHS ends its branch and bound by a count, never by the clock.
 NODE_LIMIT = 400
 
+#: Columns per site that whole groups are looked for among.
+PROMISING = 20
+
 #: Solvers' answers are right to about 1e-7 of the coefficients; a bound must not fall below the truth by that.
 SLACK = 1.0 + 1e-6
 
@@ -74,19 +77,38 @@ def milp_bound(
 ) -> Bound:
     """The bound with whole groups: tighter on small clusters. Valid also when HiGHS stops before its optimum."""
     program = Program(columns, supply, site_links or {})
-    whole = np.zeros(program.cost.size)
-    whole[: program.num_counts] = 1
     with no_chatter():
         solved = milp(
             program.cost,
             constraints=LinearConstraint(program.rows, ub=program.limits),
-            integrality=whole,
+            integrality=program.whole,
             bounds=Bounds(0, np.array([np.inf if most is None else most for _, most in program.bounds])),
             options={"node_limit": node_limit, "mip_rel_gap": 3e-4},
         )
     if solved.mip_dual_bound is None or solved.x is None:
         return lp_bound(columns, supply, site_links)
     return program.bound(-float(solved.mip_dual_bound), solved.x, "MILP")
+
+
+def whole_groups(columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None) -> Bound | None:
+    """Whole groups that come near the linear bound, out of its most promising columns: a start, no bound itself.
+
+    Integers over few columns are quick where all of them would take minutes. None when no whole groups were found.
+    """
+    program = Program(columns, supply, site_links or {})
+    solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=program.bounds, method="highs-ds")
+    promising = np.argsort(solved.lower.marginals[: program.num_counts], kind="stable")
+    upper = np.array([np.inf if most is None else most for _, most in program.bounds])
+    upper[promising[PROMISING * len({site for site, _ in supply}) :]] = 0.0
+    with no_chatter():
+        found = milp(
+            program.cost,
+            constraints=LinearConstraint(program.rows, ub=program.limits),
+            integrality=program.whole,
+            bounds=Bounds(0, upper),
+            options={"node_limit": NODE_LIMIT, "mip_rel_gap": 2e-3},
+        )
+    return None if found.x is None else program.bound(-float(found.fun), found.x, "whole")
 
 
 @contextmanager
@@ -149,6 +171,8 @@ class Program:
             put(receives + sites[b], variable, 1.0)
             link = site_links.get((a, b))
             self.bounds.append((0.0, None if link is None or a == b else link / self.unit))
+        #: 1 for variables that count groups.
+        self.whole = np.array([1] * self.num_counts + [0] * len(pairs))
         self.rows = csr_matrix((data, (rows, cols)), shape=(receives + len(sites), self.cost.size))
         self.limits = np.array([*(float(supply[place]) for place in sorted(supply)), *[0.0] * (2 * len(sites))])
 

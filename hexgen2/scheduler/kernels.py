@@ -70,10 +70,10 @@ class Kernels:
     ) -> Numbers:
         """Of a step that decodes for ``batch`` requests and takes in ``chunk_tokens`` of prompts.
 
-        As Sarathi-Serve has it (OSDI 2024). Matrix products see all tokens at once; attention over prompts and over cached tokens runs one after the other,
-        and a prompt's later chunks read the keys and values of its earlier ones again. ``prompt_squares``: sum of
-        squared lengths of the prompts that a step finishes; ``read_again_tokens``: of them all; ``shared_tokens``: of
-        prompts beside the first.
+        As Sarathi-Serve has it (OSDI 2024). Matrix products see all tokens at once; attention over prompts and over
+        cached tokens runs one after the other, and a prompt's later chunks read the keys and values of its earlier ones
+        again. ``prompt_squares``: sum of squared lengths of the prompts that a step finishes; ``read_again_tokens``: of
+        them all; ``shared_tokens``: of prompts beside the first.
         """
         llm, rates = self.llm, self.rates
         batch, chunk = np.asarray(batch, float), np.asarray(chunk_tokens, float)

@@ -12,10 +12,13 @@ from random import Random
 from hexgen2.scheduler.moves import GUIDED, Hint, Mover, blind, hint_of
 from hexgen2.scheduler.state import Group, Judge, State
 
-#: Temperature at the start, in shares of the flow; it falls to nothing.
+#: Temperature at the start, in shares of what `SEVERAL` groups carry; it falls to nothing.
 WARMTH = 0.05
+#: A step changes one or two groups: among many, a temperature in shares of the whole flow would take every step.
+SEVERAL = 3
 
-#: Judges a worse neighbour: (flow now, its flow, share of the effort that is used) -> probability of taking it.
+#: Judges a worse neighbour: (how much worse, what several groups carry, share of the effort that is used) ->
+#: probability of taking it.
 Accept = Callable[[float, float, float], float]
 
 
@@ -29,19 +32,18 @@ class Refined:
     history: tuple[tuple[int, float], ...]
 
 
-def annealing(now: float, then: float, used: float) -> float:
-    """Metropolis, with a temperature that falls from `WARMTH` of the flow to zero."""
-    temperature = WARMTH * now * (1.0 - used)
-    return exp((then - now) / temperature) if temperature > 0 else 0.0
+def annealing(worse: float, several: float, used: float) -> float:
+    """Metropolis, with a temperature that falls from `WARMTH` of what several groups carry to zero."""
+    temperature = WARMTH * several * (1.0 - used)
+    return exp(-worse / temperature) if temperature > 0 else 0.0
 
 
-def warmer(now: float, then: float, used: float) -> float:
+def warmer(worse: float, several: float, used: float) -> float:
     """Annealing from four times the temperature: where full network cards make the ground between good states rough."""
-    temperature = 4 * WARMTH * now * (1.0 - used)
-    return exp((then - now) / temperature) if temperature > 0 else 0.0
+    return annealing(worse, 4 * several, used)
 
 
-def climbing(now: float, then: float, used: float) -> float:
+def climbing(worse: float, several: float, used: float) -> float:
     """Only upwards."""
     return 0.0
 
@@ -81,11 +83,12 @@ def refine(
         used, drawn = number / evaluations, chance.random()
         ceiling = judge.ceiling(proposed)
         ceiling_score = _score(judge, proposed, ceiling)
-        if ceiling_score < score and drawn >= accept(score, ceiling_score, used):
+        several = score * min(1.0, SEVERAL / max(1, len(state.groups)))
+        if ceiling_score < score and drawn >= accept(score - ceiling_score, several, used):
             continue
         then = judge.flow(proposed)
         then_score = _score(judge, proposed, then)
-        if then_score < score and drawn >= accept(score, then_score, used):
+        if then_score < score and drawn >= accept(score - then_score, several, used):
             continue
         state, flow, score, hint = proposed, then, then_score, None
         if score > best_score:

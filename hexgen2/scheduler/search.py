@@ -13,7 +13,7 @@ from joblib import Parallel, delayed
 
 from hexgen2.errors import ConfigError
 from hexgen2.scheduler.baselines import distserve, genetic, vllm_replicas
-from hexgen2.scheduler.bound import Bound
+from hexgen2.scheduler.bound import Bound, whole_groups
 from hexgen2.scheduler.exhaustive import exhaustive
 from hexgen2.scheduler.groups import COLOCATED
 from hexgen2.scheduler.lp_start import lp_start
@@ -154,9 +154,13 @@ def _starts(problem: Problem, roles: tuple[str, ...], bound: Bound) -> Iterable[
     """The configuration program, whole and rounded, and the paper's first phase with several numbers of groups."""
     judge, columns = problem.judge, problem.columns(roles)
     lp = problem.lp(roles)
-    yield lp_start(judge, problem.limits, columns, replace(bound, gpu_worth=lp.gpu_worth))
-    if bound.method != lp.method:
-        yield lp_start(judge, problem.limits, columns, lp)
+    if bound.method == lp.method:
+        whole = whole_groups(columns, problem.supply, problem.site_links)
+        if whole is not None:
+            yield lp_start(judge, problem.limits, columns, replace(whole, gpu_worth=lp.gpu_worth))
+    else:
+        yield lp_start(judge, problem.limits, columns, replace(bound, gpu_worth=lp.gpu_worth))
+    yield lp_start(judge, problem.limits, columns, lp)
     if COLOCATED in roles:
         yield vllm_replicas(problem)
     if roles != WHOLE and problem.fabric.num_gpus <= PHASE_ONE_GPUS:
