@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import frexp
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -19,8 +20,10 @@ from scipy.sparse import csr_matrix
 
 from hexgen2.scheduler.fabric import Composition
 
-#: HiGHS ends its branch and bound by a count, never by the clock.
-NODE_LIMIT = 400
+#: HiGHS ends its branch and bound by a count, never by the clock; sooner where each node is slow.
+NODE_LIMIT, QUICK_NODE_LIMIT = 400, 20
+#: With more columns than this, integers take seconds.
+MOST_COLUMNS = 400
 
 #: Columns per site that whole groups are looked for among.
 PROMISING = 20
@@ -59,56 +62,46 @@ SiteLinks = Mapping[tuple[str, str], float]
 
 
 def lp_bound(columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None) -> Bound:
-    """The bound with fractions of groups allowed."""
+    """The bound with fractions of groups allowed. Raises ValueError if HiGHS finds none."""
     program = Program(columns, supply, site_links or {})
-    solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=program.bounds, method="highs-ds")
-    if solved.status != 0:
-        raise ValueError(f"no bound: {solved.message}")
-    found = program.bound(-float(solved.fun), solved.x, "LP")
+    solved = program.relaxed()
     worth = [-float(each) for each in solved.ineqlin.marginals]
     return replace(
-        found,
+        program.bound(-float(solved.fun), solved.x, "LP"),
         gpu_worth={place: worth[i] * program.unit for i, place in enumerate(sorted(supply))},
     )
 
 
 def milp_bound(
-    columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None, node_limit: int = NODE_LIMIT
+    columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None, *, quick: bool = False
 ) -> Bound:
-    """The bound with whole groups: tighter on small clusters. Valid also when HiGHS stops before its optimum."""
+    """The bound with whole groups: tighter on small clusters. Valid also when HiGHS stops before its optimum.
+
+    ``quick``: stop soon, and give the linear bound where integers would take long.
+
+    A column whose reduced cost exceeds what the linear optimum has over whole groups that are known is in no better
+    answer, so it is left out: the bound is the larger of those groups' flow and the program's without such columns.
+    """
     program = Program(columns, supply, site_links or {})
-    with no_chatter():
-        solved = milp(
-            program.cost,
-            constraints=LinearConstraint(program.rows, ub=program.limits),
-            integrality=program.whole,
-            bounds=Bounds(0, np.array([np.inf if most is None else most for _, most in program.bounds])),
-            options={"node_limit": node_limit, "mip_rel_gap": 3e-4},
-        )
-    if solved.mip_dual_bound is None or solved.x is None:
+    solved = program.relaxed()
+    known = program.whole_near(solved)
+    least = -float(known.fun) if known is not None else 0.0
+    slack = -float(solved.fun) - least
+    useless = solved.lower.marginals[: program.num_counts] > slack + 1e-6
+    if quick and int((~useless).sum()) > MOST_COLUMNS:
         return lp_bound(columns, supply, site_links)
-    return program.bound(-float(solved.mip_dual_bound), solved.x, "MILP")
+    found = program.in_whole_groups(useless, QUICK_NODE_LIMIT if quick else NODE_LIMIT, 3e-4)
+    if found.mip_dual_bound is None or found.x is None:
+        return lp_bound(columns, supply, site_links)
+    better = known is None or found.fun < known.fun
+    return program.bound(max(least, -float(found.mip_dual_bound)), found.x if better else known.x, "MILP")
 
 
 def whole_groups(columns: Sequence[Column], supply: Supply, site_links: SiteLinks | None = None) -> Bound | None:
-    """Whole groups that come near the linear bound, out of its most promising columns: a start, no bound itself.
-
-    Integers over few columns are quick where all of them would take minutes. None when no whole groups were found.
-    """
+    """Whole groups that come near the linear bound: a start, no bound itself. None when there are none."""
     program = Program(columns, supply, site_links or {})
-    solved = linprog(program.cost, A_ub=program.rows, b_ub=program.limits, bounds=program.bounds, method="highs-ds")
-    promising = np.argsort(solved.lower.marginals[: program.num_counts], kind="stable")
-    upper = np.array([np.inf if most is None else most for _, most in program.bounds])
-    upper[promising[PROMISING * len({site for site, _ in supply}) :]] = 0.0
-    with no_chatter():
-        found = milp(
-            program.cost,
-            constraints=LinearConstraint(program.rows, ub=program.limits),
-            integrality=program.whole,
-            bounds=Bounds(0, upper),
-            options={"node_limit": NODE_LIMIT, "mip_rel_gap": 2e-3},
-        )
-    return None if found.x is None else program.bound(-float(found.fun), found.x, "whole")
+    found = program.whole_near(program.relaxed())
+    return None if found is None else program.bound(-float(found.fun), found.x, "whole")
 
 
 @contextmanager
@@ -147,6 +140,7 @@ class Program:
         places = {place: row for row, place in enumerate(sorted(supply))}
         sites = {site: number for number, site in enumerate(sorted({site for site, _ in supply}))}
         pairs = [(a, b) for a in sites for b in sites]
+        self.num_sites = len(sites)
         sends, receives = len(places), len(places) + len(sites)
         data, rows, cols = [], [], []
 
@@ -175,6 +169,32 @@ class Program:
         self.whole = np.array([1] * self.num_counts + [0] * len(pairs))
         self.rows = csr_matrix((data, (rows, cols)), shape=(receives + len(sites), self.cost.size))
         self.limits = np.array([*(float(supply[place]) for place in sorted(supply)), *[0.0] * (2 * len(sites))])
+
+    def relaxed(self) -> Any:
+        """HiGHS' answer with fractions of groups. Raises ValueError."""
+        solved = linprog(self.cost, A_ub=self.rows, b_ub=self.limits, bounds=self.bounds, method="highs-ds")
+        if solved.status != 0:
+            raise ValueError(f"no bound: {solved.message}")
+        return solved
+
+    def in_whole_groups(self, without: Any, node_limit: int, gap: float) -> Any:
+        """HiGHS' answer in whole groups of the columns that ``without`` does not mask; ``x`` is None if it has none."""
+        upper = np.array([np.inf if most is None else most for _, most in self.bounds])
+        upper[: self.num_counts][without] = 0.0
+        with no_chatter():
+            return milp(
+                self.cost,
+                constraints=LinearConstraint(self.rows, ub=self.limits),
+                integrality=self.whole,
+                bounds=Bounds(0, upper),
+                options={"node_limit": node_limit, "mip_rel_gap": gap},
+            )
+
+    def whole_near(self, relaxed: Any) -> Any:
+        """Whole groups out of the columns that the relaxed answer finds most promising: quick, and near it."""
+        ranks = np.argsort(np.argsort(relaxed.lower.marginals[: self.num_counts], kind="stable"), kind="stable")
+        found = self.in_whole_groups(ranks >= PROMISING * self.num_sites, NODE_LIMIT, 2e-3)
+        return None if found.x is None else found
 
     def bound(self, flow: float, x: "np.ndarray[tuple[int], np.dtype[np.float64]]", method: str) -> Bound:
         """Counts by column and role out of the variables."""

@@ -22,6 +22,7 @@ from hexgen2.scheduler.state import Group, State, parts_of
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Ints = NDArray[np.int_]
 
 #: A group should hold the model and the KV of so many requests: the paper's K leaves that open.
 REQUESTS_PER_GROUP = 8
@@ -77,38 +78,39 @@ def gpu_graph(groups: Groups) -> nx.Graph:
 
 def spectral_groups(graph: nx.Graph, num_groups: int) -> tuple[frozenset[int], ...]:
     """K groups by recursive spectral bisection: sort by the Fiedler vector, cut where memory is shared as K is."""
-    nodes = tuple(sorted(graph))
-    if num_groups <= 1 or len(nodes) <= 1:
-        return (frozenset(nodes),)
-    left = num_groups // 2
-    order = sorted(nodes, key=dict(zip(nodes, fiedler_vector(graph), strict=True)).__getitem__)
-    memory = np.cumsum([graph.nodes[node]["memory"] for node in order])
-    target = memory[-1] * left / num_groups
-    cut = int(np.argmin(np.abs(memory - target))) + 1
-    cut = min(max(cut, 1), len(nodes) - 1)
-    first, second = graph.subgraph(order[:cut]), graph.subgraph(order[cut:])
-    return spectral_groups(first, left) + spectral_groups(second, num_groups - left)
+    nodes = sorted(graph)
+    weights = nx.to_numpy_array(graph, nodelist=nodes, weight="bandwidth")
+    memory = np.array([graph.nodes[node]["memory"] for node in nodes])
+
+    def bisect(members: Ints, count: int) -> list[frozenset[int]]:
+        if count <= 1 or len(members) <= 1:
+            return [frozenset(nodes[member] for member in members)]
+        left = count // 2
+        order = members[np.argsort(fiedler_vector(weights[np.ix_(members, members)]), kind="stable")]
+        held = np.cumsum(memory[order])
+        cut = int(np.argmin(np.abs(held - held[-1] * left / count))) + 1
+        cut = min(max(cut, 1), len(order) - 1)
+        return bisect(np.sort(order[:cut]), left) + bisect(np.sort(order[cut:]), count - left)
+
+    return tuple(bisect(np.arange(len(nodes)), num_groups))
 
 
-def fiedler_vector(graph: nx.Graph) -> list[float]:
-    """Second eigenvector of the Laplacian, by node in ascending order, rounded, its sign fixed: ties are ties.
+def fiedler_vector(weights: Floats) -> Floats:
+    """Second eigenvector of the Laplacian of symmetric weights, rounded, its sign fixed: ties are ties.
 
     Where equal links make its eigenspace degenerate, eigenvectors are arbitrary; the nodes' own order, added as a
     ramp of a millionth, decides.
     """
-    nodes = sorted(graph)
-    weights = nx.to_numpy_array(graph, nodelist=nodes, weight="bandwidth")
-    weights /= weights.max() or 1.0
+    weights = weights / (weights.max() or 1.0)
     laplacian = np.diag(weights.sum(axis=1)) - weights
     # A preference for the order of nodes: a weak path through them separates what bandwidth does not.
-    path = np.arange(len(nodes) - 1)
+    path = np.arange(len(weights) - 1)
     for a, b in ((path, path + 1), (path + 1, path)):
         laplacian[a, b] -= 1e-6
         laplacian[a, a] += 1e-6
     _, vectors = np.linalg.eigh(laplacian)
-    vector = np.round(vectors[:, 1], 9)
-    largest = int(np.argmax(np.abs(vector)))
-    return [float(each) for each in (vector if vector[largest] < 0 else -vector)]
+    vector: Floats = np.round(vectors[:, 1], 9)
+    return vector if vector[np.argmax(np.abs(vector))] < 0 else -vector
 
 
 def kernighan_lin(graph: nx.Graph, groups: Sequence[frozenset[int]], memory_bytes: float) -> tuple[frozenset[int], ...]:

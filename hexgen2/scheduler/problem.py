@@ -111,7 +111,8 @@ class Problem:
             return self.lp(roles)
         key = ("MILP", roles)
         if key not in self._bounds:
-            self._bounds[key] = milp_bound(self.columns(roles), self.supply, self.site_links)
+            quick = self.fabric.num_gpus > MILP_GPUS // 2
+            self._bounds[key] = milp_bound(self.columns(roles), self.supply, self.site_links, quick=quick)
         return self._bounds[key]
 
     def check(self) -> None:

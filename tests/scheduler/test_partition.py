@@ -4,6 +4,7 @@ import itertools
 import random
 
 import networkx as nx
+import numpy as np
 import pytest
 
 from hexgen2.scheduler.groups import PREFILL
@@ -43,7 +44,8 @@ def test_swaps_mend_a_bad_start_and_keep_the_memory_each_group_needs() -> None:
 
 def test_equal_links_have_a_definite_order() -> None:
     graph = islands(1, 8)
-    assert fiedler_vector(graph) == fiedler_vector(graph)
+    order = np.argsort(fiedler_vector(nx.to_numpy_array(graph, weight="bandwidth")))
+    assert list(order) in (list(range(8)), list(range(7, -1, -1)))
     halves = [sorted(group) for group in spectral_groups(graph, 2)]
     assert sorted(halves) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
