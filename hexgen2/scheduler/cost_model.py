@@ -4,15 +4,16 @@ A replica is a row of pipeline stages, each a tensor-parallel group of one GPU t
 takes the longer of its GPUs' kernels and its host's launching of them. Pure; answers are kept by composition.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from hexgen2.cluster import GpuType
 from hexgen2.llm import Llm
 from hexgen2.scheduler.efficiency import Efficiency, Engine, efficiency, engine
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Kernels
 from hexgen2.scheduler.rates import Figures, Rate, Rates
+from hexgen2.scheduler.stages import Stage as Stage
+from hexgen2.scheduler.stages import Stages as Stages
 from hexgen2.workload import Workload
 
 #: Of the driver's memory an engine may use so much, as vLLM's ``gpu_memory_utilization`` has it.
@@ -21,23 +22,6 @@ MEMORY_UTILIZATION = 0.9
 OVERHEAD_BYTES = 1_000_000_000
 #: Registered memory of the KV hand-off per GPU (``KvConfig``: staging and landing, or the send buffer).
 STAGING_BYTES = 320 << 20
-
-
-class Stage(NamedTuple):
-    """A pipeline stage: ``num_layers`` on ``tensor_parallel_size`` GPUs of one type, and its links (bytes/s, s)."""
-
-    gpu: str
-    tensor_parallel_size: int
-    num_layers: int
-    #: Between the GPUs of this stage.
-    tp_bandwidth_bytes_per_s: float
-    tp_latency_s: float
-    #: To the next stage; of no meaning in the last one.
-    next_bandwidth_bytes_per_s: float = math.inf
-    next_latency_s: float = 0.0
-
-
-Stages = tuple[Stage, ...]
 
 
 class CostModel:
@@ -74,7 +58,7 @@ class CostModel:
         """Seconds from the start of a step with ``batch`` prompts to their first tokens, all stages in turn."""
         total = 0.0
         for number, stage in enumerate(stages):
-            kernels = self._kernels_of(stage)
+            kernels = self.kernels(stage)
             gpu = stage.num_layers * float(kernels.prefill_layer_s(prompt_tokens, batch))
             if number == len(stages) - 1:
                 gpu += float(kernels.head_s(batch))
@@ -85,7 +69,7 @@ class CostModel:
         """Seconds of one token for each of ``batch`` requests with ``context_tokens`` cached, all stages in turn."""
         total = 0.0
         for number, stage in enumerate(stages):
-            kernels = self._kernels_of(stage)
+            kernels = self.kernels(stage)
             gpu = stage.num_layers * float(kernels.decode_layer_s(batch, context_tokens))
             if number == len(stages) - 1:
                 gpu += float(kernels.head_s(batch))
@@ -94,15 +78,23 @@ class CostModel:
 
     def kernels(self, stage: Stage) -> Kernels:
         """Times of one layer on a stage's GPUs."""
-        return self._tables(stage).kernels
+        key = (stage.gpu, stage.tensor_parallel_size, stage.tp_bandwidth_bytes_per_s, stage.tp_latency_s)
+        found = self._kernels.get(key)
+        if found is None:
+            found = self._kernels[key] = Kernels(
+                self.llm,
+                self.gpus[stage.gpu],
+                self._efficiencies[stage.gpu],
+                self.engine,
+                stage.tensor_parallel_size,
+                stage.tp_bandwidth_bytes_per_s,
+                stage.tp_latency_s,
+            )
+        return found
 
     def shared_tokens(self, stages: Stages) -> int:
         """Tokens of whole prompts that share a step at ``prefill_rate``; 0: sharing does not pay."""
-        parts = self._parts(stages)
-        busy = parts[0].prefill_busy_s
-        for part in parts[1:]:
-            busy = np.maximum(busy, part.prefill_busy_s)
-        return self.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(np.argmin(busy))]
+        return self._rates.of(stages).shared_tokens
 
     def weight_bytes_per_gpu(self, stages: Stages, number: int) -> float:
         """Of stage ``number``: its layers, the embedding in the first and the head in the last."""
@@ -150,25 +142,6 @@ class CostModel:
     def figures(self, rows: Sequence[Stages]) -> list[Figures]:
         """All of these for many replicas at once, much faster than one after the other."""
         return self._rates.of_all(rows)
-
-    def kernels(self, gpu: str, tensor_parallel_size: int, bandwidth_bytes_per_s: float, latency_s: float) -> Kernels:
-        """Kernel times on so many GPUs of a type with such links between them."""
-        key = (gpu, tensor_parallel_size, bandwidth_bytes_per_s, latency_s)
-        found = self._kernels.get(key)
-        if found is None:
-            found = self._kernels[key] = Kernels(
-                self.llm,
-                self.gpus[gpu],
-                self._efficiencies[gpu],
-                self.engine,
-                tensor_parallel_size,
-                bandwidth_bytes_per_s,
-                latency_s,
-            )
-        return found
-
-    def _kernels_of(self, stage: Stage) -> Kernels:
-        return self.kernels(stage.gpu, stage.tensor_parallel_size, stage.tp_bandwidth_bytes_per_s, stage.tp_latency_s)
 
     def _host_s(self, stage: Stage, batch: float) -> float:
         host = self.engine.host(self.gpus[stage.gpu])

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Numbers
+from hexgen2.scheduler.stages import Stage, Stages
 
 if TYPE_CHECKING:
-    from hexgen2.scheduler.cost_model import CostModel, Stages
+    from hexgen2.scheduler.cost_model import CostModel
 
 #: Parts of the engine's largest step that prefill may make do with, where sharing a step does not pay.
 TOKEN_BUDGETS = (1, 2, 4, 1_000_000)
@@ -39,6 +40,8 @@ class Figures(NamedTuple):
 
     kv_tokens: float
     prefill_rps: float
+    #: Of whole prompts that share a step at that rate; 0: sharing does not pay.
+    shared_tokens: int
     latency_s: float
     decode: Rate
     colocated: Rate
@@ -71,12 +74,12 @@ class Rates:
         self._stages = _Costs.empty(len(TOKEN_BUDGETS), len(self._batches))
         self._found: dict[Stages, Figures] = {}
 
-    def of(self, stages: "Stages") -> Figures:
+    def of(self, stages: Stages) -> Figures:
         """Figures of one replica."""
         found = self._found.get(stages)
         return found if found is not None else self.of_all((stages,))[0]
 
-    def of_all(self, rows: "Sequence[Stages]") -> list[Figures]:
+    def of_all(self, rows: Sequence[Stages]) -> list[Figures]:
         """Figures of many, in their order."""
         missing: dict[int, list[Stages]] = {}
         for stages in dict.fromkeys(rows):
@@ -89,19 +92,20 @@ class Rates:
                 self._found.update(zip(chunk, self._evaluate(chunk), strict=True))
         return [self._found[stages] for stages in rows]
 
-    def _evaluate(self, rows: "Sequence[Stages]") -> list[Figures]:
+    def _evaluate(self, rows: Sequence[Stages]) -> list[Figures]:
         """Of replicas with equally many stages."""
         size = len(rows[0])
         at = np.array([[self._numbers[_key(stages, n)] for n in range(size)] for stages in rows])
         bandwidth = np.array([[stage.next_bandwidth_bytes_per_s for stage in stages[:-1]] for stages in rows])
         latency = np.array([[stage.next_latency_s for stage in stages[:-1]] for stages in rows])
-        costs, work = self._stages, self._cost.workload
-        token_s = self._cost.llm.hidden_size * ACTIVATION_BYTES / bandwidth if size > 1 else bandwidth
+        cost, costs, work = self._cost, self._stages, self._cost.workload
+        token_s = cost.llm.hidden_size * ACTIVATION_BYTES / bandwidth if size > 1 else bandwidth
         hops = latency + work.mean_prompt_tokens * token_s
         kv_tokens = costs.kv_tokens[at].min(axis=1)
         fits = kv_tokens >= self._longest
-        busy = costs.prefill_busy_s[at].max(axis=1).min(axis=1)
-        prefill = np.where(fits, 1.0 / np.maximum(busy, hops.max(axis=1, initial=0.0)), 0.0)
+        busy = costs.prefill_busy_s[at].max(axis=1)
+        shared = [cost.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(each)] for each in busy.argmin(axis=1)]
+        prefill = np.where(fits, 1.0 / np.maximum(busy.min(axis=1), hops.max(axis=1, initial=0.0)), 0.0)
         alone = _sum(costs.prefill_alone_s[at]) + _sum(hops)
         room = np.where(fits, np.maximum(kv_tokens, 0.0) // work.mean_context_tokens, 0.0)
         through, slowest = self._steps(costs.decode_s[at], latency, token_s, self._batches)
@@ -110,11 +114,11 @@ class Rates:
         with np.errstate(divide="ignore"):
             waits = 1.0 / prefill
         colocated = self._decode(size, through, slowest, room, waits)
-        if self._cost.engine.chunked_prefill:
+        if cost.engine.chunked_prefill:
             chunked = self._chunked(at, latency, token_s, room)
             colocated = [one if one.rate > 0 else other for one, other in zip(chunked, colocated, strict=True)]
         return [
-            Figures(float(kv_tokens[i]), float(prefill[i]), float(alone[i]), decode[i], colocated[i])
+            Figures(float(kv_tokens[i]), float(prefill[i]), shared[i], float(alone[i]), decode[i], colocated[i])
             for i in range(len(rows))
         ]
 
@@ -159,7 +163,7 @@ class Rates:
                     best[row] = Rate(float(rates[row, top]), int(in_flight[top]), float(interval[row, top]))
         return best
 
-    def _add_stages(self, rows: "Sequence[Stages]") -> None:
+    def _add_stages(self, rows: Sequence[Stages]) -> None:
         """Costs of kinds of stages that have not been met."""
         new: dict[tuple[Any, ...], dict[tuple[Any, ...], None]] = {}
         for stages in rows:
@@ -206,7 +210,8 @@ class Rates:
     def _table(self, kind: tuple[Any, ...]) -> "_Tables":
         found = self._tables.get(kind)
         if found is None:
-            kernels = self._cost.kernels(*kind)
+            gpu, size, bandwidth, latency = kind
+            kernels = self._cost.kernels(Stage(gpu, size, 1, bandwidth, latency))
             found = self._tables[kind] = _Tables(
                 kernels.prefill_layer_s(self._prompts, self._together),
                 kernels.head_s(self._together),
@@ -261,7 +266,7 @@ class _Tables(NamedTuple):
     mixed_head_s: Numbers
 
 
-def _key(stages: "Stages", number: int) -> tuple[Any, ...]:
+def _key(stages: Stages, number: int) -> tuple[Any, ...]:
     """(what stages with the same kernel times share, layers, whether first, whether last)."""
     gpu, size, layers, bandwidth, latency = stages[number][:5]
     return (gpu, size, bandwidth, latency), layers, number == 0, number == len(stages) - 1

@@ -18,7 +18,6 @@ from hexgen2.plan import Route
 from hexgen2.scheduler.cost import Stages
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice, PlacedStage
 from hexgen2.scheduler.kv_network import KvNetwork, Replica, Wire
-from hexgen2.scheduler.parallelism import colocated_rate
 from hexgen2.scheduler.present import wire_name
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.blueprint import ReplicaSpec
@@ -226,7 +225,7 @@ class Planned:
         elif role == DECODE:
             rps = cost.decode_rate(stages).rate
         else:
-            rps = colocated_rate(cost, stages)[0]
+            rps = cost.colocated_rate(stages)[0]
         return self._network.replica(role, Choice(rps, 0.0, 0.0, 0, self._placed(replica_id)))
 
 

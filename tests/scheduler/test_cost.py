@@ -127,7 +127,7 @@ def test_decode_rate_is_batch_over_answer_time() -> None:
 
 def test_steps_of_both_phases_cost_more_than_decode_and_less_than_one_of_each() -> None:
     costs = model((1000, 201))
-    kernels = costs.kernels("H100-SXM", 4, 450e9, 2e-6)
+    kernels = costs.kernels(replica()[0])
     # 32 requests decode; 160 tokens of prompts keep up with them, a sixth of a prompt.
     both = kernels.mixed_layer_s(32, 1100, 160, 0.16 * 1000**2, 0, 0)
     assert kernels.decode_layer_s(32, 1100) < both
