@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from statistics import median
 from time import perf_counter
+from typing import Protocol
 
 import click
 
@@ -25,6 +26,7 @@ from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig, default_model
 from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, Sampling
+from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import FirstToken
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
@@ -41,6 +43,12 @@ REQUEST_TIMEOUT_S = 600.0
 
 #: One request: the tokens of its answer, as they come.
 Ask = Callable[[Sequence[int], Sampling], AsyncIterator[list[int]]]
+
+
+class AskPair(Protocol):
+    """An ``Ask`` whose KV may travel in a codec."""
+
+    def __call__(self, prompt: Sequence[int], sampling: Sampling, codec: str = NONE, /) -> AsyncIterator[list[int]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +159,16 @@ async def bare_engine(
 
 
 @asynccontextmanager
-async def pair(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]:
+async def pair(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[AskPair]:
     """The same engines and the same hand-over, joined by function calls in one process."""
     async with bare_engine(engine, kv, "prefill") as p, bare_engine(engine, kv, "decode") as d:
         prefill = PrefillWorker(*p)  # type: ignore[arg-type]
         decode = DecodeWorker(*d, lambda kv, resume: prefill.fetch(kv.transfer_id, kv.token, resume=resume))  # type: ignore[arg-type]
 
-        async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[list[int]]:
+        async def ask(prompt: Sequence[int], sampling: Sampling, codec: str = NONE) -> AsyncIterator[list[int]]:
             transfer_id, token, ids = secrets.token_hex(8), secrets.token_bytes(32), tuple(prompt)
-            job = DecodeJob(f"d{transfer_id}", ids, sampling, RemoteKv(transfer_id, token, ""))
-            made = prefill.run(PrefillJob(f"p{transfer_id}", transfer_id, token, ids, sampling, True))
+            job = DecodeJob(f"d{transfer_id}", ids, sampling, RemoteKv(transfer_id, token, "", codec))
+            made = prefill.run(PrefillJob(f"p{transfer_id}", transfer_id, token, ids, sampling, True, codec))
             started: asyncio.Queue[EngineOutput | object | None] = asyncio.Queue()
 
             async def follow() -> None:

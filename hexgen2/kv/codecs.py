@@ -1,6 +1,6 @@
 """The codecs that KV may travel in: their names, and how many bytes each puts on the wire. Pure.
 
-``codec`` holds the arithmetic; this is what plans, headers and checks need to know of it. With a codec other than
+``quantise`` has the arithmetic; this is what plans, headers and checks need to know of it. With a codec other than
 "none" one head's share of a chunk of ``t`` tokens is written as::
 
     scales           bfloat16 [head_dim]         of K: one per channel, over the chunk's tokens
