@@ -17,6 +17,8 @@ ENGINE ?= cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 INSTALLED := $(VENV)/.installed-$(ENGINE)
+# What is installed: this tree with the tools to work on it. Images take a copy with an engine at most (deploy/Dockerfile).
+PACKAGE ?= -e '.[$(ENGINE),dev]'
 
 .PHONY: help
 help: ## this list
@@ -30,6 +32,9 @@ help: ## this list
 .PHONY: setup
 setup: $(INSTALLED) ## environment in .venv, all packages, the default model (repeats only what is missing)
 	@$(BIN)/hexgen2 model prepare
+
+.PHONY: install
+install: $(INSTALLED) ## environment in .venv and all packages, no model
 
 .PHONY: demo
 demo: setup ## start everything, ask one question over gRPC and HTTP, show its trace, stop
@@ -78,6 +83,12 @@ proto-check: $(INSTALLED) ## whether hexgen2/v1 is what protos/ generates
 	  || { echo "hexgen2/v1 is not what protos/ generates: run make proto"; exit 1; }; \
 	echo "generated stubs are up to date"
 
+.PHONY: image
+image: # the code itself, above what `install` has installed; compiled, since the one who runs it may not write there
+	$(PIP) install --no-compile --no-deps --force-reinstall .
+	@# -qq: a few packages ship templates that are not Python.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 .PHONY: clean
 clean: ## remove .venv and everything generated; models and traces stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -100,7 +111,7 @@ ifeq ($(ENGINE),cpu)
 	$(PIP) install --no-compile --no-deps -r requirements-cpu.txt
 endif
 	@echo "== everything else"
-	$(INSTALL) -e '.[$(ENGINE),dev]'
+	$(INSTALL) $(PACKAGE)
 ifeq ($(ENGINE),cpu)
 	@# vLLM depends on these by name and PyPI's are built for CUDA: transformers fails when it meets one that does not
 	@# load, and models of text need none.

@@ -1,0 +1,1 @@
+"""Files that deploy a fleet: compose for one machine, systemd and Ansible for many, and what watches over it."""
