@@ -177,6 +177,7 @@ main.add_command(
 for name, attribute, told in (
     ("plan", "plan_command", "Plan which GPUs of a cluster prefill and which decode, and how."),
     ("bench", "bench", "Measure the scheduler on this machine."),
+    ("deploy", "deploy", "Write files that start a fleet in containers or on many machines."),
     ("fit", "fit_command", "Fit the cost model to measured times, and show how far off it is."),
 ):
     main.add_command(LazyCommand(name, f"hexgen2.cli.{name}", attribute, told))

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from hexgen2.config import TlsConfig
 from hexgen2.config_file import Place, build, dotted, line_of, read
+from hexgen2.config_flags import flag_name
 from hexgen2.errors import ConfigError, HexgenError
 
 C = TypeVar("C", bound=BaseModel)
@@ -109,15 +110,6 @@ def merge(cls: type[C], config: Path | None, given: Mapping[Place, str], fixed: 
         return f"{config}:{line_of(lines, place)}: {dotted(place)}: " if config else f"{flag_name(place)}: "
 
     return build(cls, data, where)
-
-
-def flag_name(place: Place) -> str:
-    """``("engine", "max_num_seqs")`` is ``--max-num-seqs``, ``("kv", "transport")`` is ``--kv-transport``."""
-    if place == ("engine", KIND):
-        return "--engine"
-    if place[0] == "engine" and len(place) > 1:
-        place = place[1:]
-    return "--" + dotted(place).replace(".", "-").replace("_", "-")
 
 
 def _leaves(cls: type[BaseModel], place: Place = ()) -> Iterator[tuple[Place, FieldInfo]]:

@@ -1,0 +1,255 @@
+"""A compose file out of a fleet's configuration: one machine, one container per process. Pure.
+
+Inside its network every service listens on the same ports and is known by its name; the gateway alone is published.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from hexgen2.config import CoordinatorConfig, GatewayConfig, WorkerConfig
+from hexgen2.config_flags import flags_of
+
+GRPC_PORT, HTTP_PORT, COORDINATOR_PORT, WORKER_PORT, METRICS_PORT = 50051, 8000, 50052, 50061, 9400
+HOME = "/var/lib/hexgen2"
+#: Released versions. What they do is configured by ``observability``.
+COLLECTOR = "docker.io/otel/opentelemetry-collector-contrib:0.119.0"
+JAEGER = "docker.io/jaegertracing/jaeger:2.3.0"
+PROMETHEUS = "docker.io/prom/prometheus:v3.1.0"
+GRAFANA = "docker.io/grafana/grafana:11.5.1"
+
+#: The service whose namespaces the workers share.
+NAMESPACES = "namespaces"
+
+Service = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker's container. ``gpus``: indices as NVIDIA numbers them; ``cpus``: a share of the machine's cores."""
+
+    config: WorkerConfig
+    gpus: tuple[int, ...] = ()
+    cpus: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the service, and in the plan."""
+        return self.config.replica_id
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What runs. ``default_model``: the model is made by a container that runs first."""
+
+    workers: Sequence[Worker]
+    gateway: GatewayConfig
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    engine: str = "cpu"
+    default_model: bool = True
+    rdma: bool = False
+
+
+def metrics_targets(deployment: Deployment) -> list[str]:
+    """host:port of every process's metrics, inside the network."""
+    names = ["coordinator", *(worker.name for worker in deployment.workers)]
+    return [f"gateway:{HTTP_PORT}", *(f"{name}:{METRICS_PORT}" for name in names)]
+
+
+def compose(deployment: Deployment) -> dict[str, Any]:
+    """The document of a compose file."""
+    services: dict[str, Service] = {}
+    if deployment.default_model:
+        services["model"] = _model(deployment)
+    services["coordinator"] = _coordinator(deployment.coordinator)
+    shares_memory = any(worker.config.kv.transport in ("auto", "ucx") for worker in deployment.workers)
+    if shares_memory:
+        services[NAMESPACES] = _namespaces()
+    for worker in deployment.workers:
+        services[worker.name] = _worker(worker, deployment, shares_memory=shares_memory)
+    services["gateway"] = _gateway(deployment)
+    services |= _observability()
+    return {
+        "name": "hexgen2",
+        "services": services,
+        "volumes": {"models": None, "traces": None},
+    }
+
+
+def to_yaml(document: Mapping[str, Any], header: str) -> str:
+    """The text of a compose file under ``header``, lines of a comment."""
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
+    return comment + yaml.safe_dump(dict(document), sort_keys=False, width=120)
+
+
+def _base(target: str, engine: str) -> Service:
+    image = f"hexgen2-{target}" + ("-gpu" if target == "worker" and engine == "vllm" else "")
+    build: dict[str, Any] = {
+        "context": "${HEXGEN2_SOURCE:-..}",
+        "dockerfile": "deploy/Dockerfile",
+        "target": target,
+        "args": {"BASE": "${HEXGEN2_BASE_IMAGE:-docker.io/library/python:3.11-slim-bookworm}"},
+    }
+    if target == "worker":
+        build["args"]["ENGINE"] = engine
+    return {
+        "image": f"${{HEXGEN2_{target.upper()}_IMAGE:-{image}}}",
+        "build": build,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+    }
+
+
+def _service(target: str, engine: str, command: Sequence[str], check_port: int, stop_s: float) -> Service:
+    return {
+        **_base(target, engine),
+        "command": list(command),
+        "environment": {
+            # Set by the profile that brings the collector; without it spans go to the volume `traces`.
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "${COMPOSE_PROFILES:+http://otel-collector:4317}",
+            "HEXGEN2_LOG_LEVEL": "${HEXGEN2_LOG_LEVEL:-INFO}",
+        },
+        "volumes": [f"traces:{HOME}/traces"],
+        "healthcheck": {
+            "test": ["CMD", "python", "-m", "hexgen2.rpc.health", f"127.0.0.1:{check_port}"],
+            "interval": "5s",
+            "timeout": "5s",
+            "retries": 3,
+            "start_period": "300s",
+        },
+        "restart": "unless-stopped",
+        # What drains needs its time, and a little to end.
+        "stop_grace_period": f"{stop_s + 10:.0f}s",
+    }
+
+
+def _models(deployment: Deployment, *, read_only: bool) -> str:
+    return f"${{HEXGEN2_MODELS:-models}}:{HOME}/models" + (":ro" if read_only else "")
+
+
+def _model(deployment: Deployment) -> Service:
+    return {
+        **_base("worker", deployment.engine),
+        "command": ["model", "prepare"],
+        "volumes": [_models(deployment, read_only=False)],
+        "restart": "no",
+    }
+
+
+def _coordinator(config: CoordinatorConfig) -> Service:
+    config = config.model_copy(
+        update={"listen": f"0.0.0.0:{COORDINATOR_PORT}", "metrics_listen": f"0.0.0.0:{METRICS_PORT}"}
+    )
+    return _service("control", "", ["coordinator", *flags_of(config)], COORDINATOR_PORT, config.drain_s)
+
+
+def _gateway(deployment: Deployment) -> Service:
+    config = deployment.gateway.model_copy(
+        update={
+            "listen": f"0.0.0.0:{GRPC_PORT}",
+            "http_listen": f"0.0.0.0:{HTTP_PORT}",
+            "coordinator": f"coordinator:{COORDINATOR_PORT}",
+        }
+    )
+    service = _service("control", "", ["gateway", *flags_of(config)], GRPC_PORT, config.drain_s)
+    service["volumes"].append(_models(deployment, read_only=True))
+    service["ports"] = [
+        f"${{HEXGEN2_HTTP:-127.0.0.1:{HTTP_PORT}}}:{HTTP_PORT}",
+        f"${{HEXGEN2_GRPC:-127.0.0.1:{GRPC_PORT}}}:{GRPC_PORT}",
+    ]
+    service["depends_on"] = _after(deployment) | {
+        worker.name: {"condition": "service_healthy"} for worker in deployment.workers
+    }
+    return service
+
+
+def _worker(worker: Worker, deployment: Deployment, *, shares_memory: bool) -> Service:
+    config = worker.config
+    config = config.model_copy(
+        update={
+            "listen": f"0.0.0.0:{WORKER_PORT}",
+            "advertise": f"{worker.name}:{WORKER_PORT}",
+            "metrics_listen": f"0.0.0.0:{METRICS_PORT}",
+            "coordinator": f"coordinator:{COORDINATOR_PORT}",
+            "kv": config.kv.model_copy(update={"host": worker.name}),
+        }
+    )
+    command = [config.role, *flags_of(config)]
+    service = _service("worker", deployment.engine, command, WORKER_PORT, config.drain_s)
+    service["volumes"].append(_models(deployment, read_only=True))
+    service["environment"] |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    service["depends_on"] = _after(deployment)
+    # vLLM's ranks talk through shared memory.
+    service["shm_size"] = "1gb"
+    if shares_memory:
+        # Reads from one container's memory by another: UCX sees one machine where these are one.
+        service["ipc"] = service["pid"] = f"service:{NAMESPACES}"
+        del service["shm_size"]
+        service["depends_on"] |= {NAMESPACES: {"condition": "service_started"}}
+    if worker.cpus is not None:
+        service["cpus"] = worker.cpus
+    if worker.gpus:
+        device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in worker.gpus], "capabilities": ["gpu"]}
+        service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
+    if deployment.rdma:
+        # Memory that a network card reads is pinned.
+        service["ulimits"] = {"memlock": -1}
+        service["cap_add"] = ["IPC_LOCK"]
+        service["devices"] = ["/dev/infiniband:/dev/infiniband"]
+    return service
+
+
+def _namespaces() -> Service:
+    """Sleeps, and owns the process and memory namespaces that the workers share: none dies with another."""
+    return {
+        **_base("control", ""),
+        "entrypoint": ["sleep", "infinity"],
+        "command": [],
+        "init": True,
+        "ipc": "shareable",
+        "shm_size": "4gb",
+        "restart": "unless-stopped",
+        "stop_grace_period": "1s",
+    }
+
+
+def _after(deployment: Deployment) -> dict[str, Any]:
+    waits: dict[str, Any] = {"coordinator": {"condition": "service_healthy"}}
+    if deployment.default_model:
+        waits["model"] = {"condition": "service_completed_successfully"}
+    return waits
+
+
+def _observability() -> dict[str, Service]:
+    """Of the profile ``observability``: published on this machine only."""
+    config = "./observability"
+
+    def service(image: str, volumes: Sequence[str], **more: Any) -> Service:
+        return {"image": image, "profiles": ["observability"], "volumes": list(volumes), **more}
+
+    return {
+        "otel-collector": service(
+            COLLECTOR,
+            [f"{config}/otel-collector.yaml:/etc/otel/config.yaml:ro"],
+            command=["--config", "/etc/otel/config.yaml"],
+            depends_on=["jaeger"],
+        ),
+        "jaeger": service(JAEGER, (), ports=["127.0.0.1:16686:16686"]),
+        "prometheus": service(
+            PROMETHEUS,
+            [
+                f"{config}/prometheus.yaml:/etc/prometheus/prometheus.yml:ro",
+                f"{config}/rules.yaml:/etc/prometheus/rules.yaml:ro",
+            ],
+            ports=["127.0.0.1:9090:9090"],
+        ),
+        "grafana": service(
+            GRAFANA,
+            [f"{config}/grafana:/etc/grafana/provisioning:ro"],
+            environment={"GF_AUTH_ANONYMOUS_ENABLED": "true", "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer"},
+            ports=["127.0.0.1:3000:3000"],
+            depends_on=["prometheus"],
+        ),
+    }
