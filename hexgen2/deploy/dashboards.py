@@ -116,7 +116,7 @@ DASHBOARDS = (SERVING, KV)
 
 def dashboard_json(dashboard: Dashboard) -> str:
     """A dashboard as Grafana's provisioning reads it."""
-    panels = []
+    panels: list[dict[str, object]] = []
     for number, row in enumerate(dashboard.rows):
         width = _WIDTH // len(row)
         for column, panel in enumerate(row):
