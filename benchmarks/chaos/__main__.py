@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.chaos import asks, oracle, report, verdict
-from benchmarks.chaos.faults import deck
+from benchmarks.chaos.faults import Strike, deck
 from benchmarks.chaos.house import HouseConfig, running
+from benchmarks.chaos.outcome import Outcome
 from benchmarks.chaos.run import Load, crashes, retried, run
 from benchmarks.chaos.watch import SpanTail
 from hexgen2 import netns
@@ -125,9 +127,16 @@ async def _one(
         await house_running.__aexit__(None, None, None)
     tail.read()
     tail.close()
+    _save(folder / "requests.jsonl", seen.outcomes)
+    _save(folder / "faults.jsonl", seen.strikes)
     judged = verdict.judge(seen.outcomes, seen.strikes, tail.work, retried(house))
     seen.violations += crashes(house)
     return report.Result(setting, seen, judged, str(folder))
+
+
+def _save(file: Path, rows: Sequence[Outcome] | Sequence[Strike]) -> None:
+    """For whoever looks into what happened when."""
+    file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def oracle_first(vocab_size: int) -> int:

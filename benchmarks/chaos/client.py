@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import httpx
 
-from benchmarks.chaos.asks import CANCELLED, Api, Ask, Kind
+from benchmarks.chaos.asks import Api, Ask, Kind
 from benchmarks.chaos.oracle import text_of, wrong_end, wrong_tokens
 from benchmarks.chaos.outcome import GRACE_S, End, Outcome
 from hexgen2.engine.base import FinishReason
@@ -86,7 +86,7 @@ class Client:
         seen = _Seen(ask)
         parts = self._grpc(ask, seen, trace_id) if ask.api is Api.GRPC else self._sse(ask, seen, trace_id)
         began_ns = time.time_ns()
-        cancelled_ns = None
+        given_up_ns = None
         end, status, detail = End.ANSWERED, "OK", ""
         wait_s = min(ask.timeout_s or self._limit_s, self._limit_s) + GRACE_S
         leaves = ask.cancel_after_s is not None and ask.cancel_after_s < wait_s
@@ -99,14 +99,15 @@ class Client:
                 # The call was cancelled while the exception passed through it.
                 end, status = (End.CANCELLED, "CANCELLED") if leaves else (End.SILENT, "none")
                 if isinstance(reason, _Left):
-                    end, status, cancelled_ns = End.CANCELLED, "CANCELLED", reason.at_ns
+                    end, status, given_up_ns = End.CANCELLED, "CANCELLED", reason.at_ns
                 elif ask.cancel_after_s is not None:
-                    cancelled_ns = began_ns + int(ask.cancel_after_s * 1e9)
+                    given_up_ns = began_ns + int(ask.cancel_after_s * 1e9)
         except _Failed as error:
             status, detail = error.status, str(error)[:300]
             end = End.BROKEN_OFF if seen.tokens or seen.num_chunks else End.REFUSED
             if status == "DEADLINE_EXCEEDED":
                 end = End.DEADLINE
+                given_up_ns = began_ns + int((ask.timeout_s or self._limit_s) * 1e9)
         return Outcome(
             ask.number,
             ask.kind,
@@ -119,7 +120,7 @@ class Client:
             len(seen.tokens) or seen.num_chunks,
             self._wrong(ask, seen, end),
             detail,
-            cancelled_ns if ask.kind in CANCELLED else None,
+            given_up_ns,
         )
 
     def _wrong(self, ask: Ask, seen: _Seen, end: End) -> str:

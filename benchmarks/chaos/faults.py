@@ -141,8 +141,9 @@ class Striker:
     async def wait_serving(self, member: Member) -> None:
         """Until a process that was started again serves."""
         deadline = time.monotonic() + RESTART_S
+        # The coordinator may still take it for the one before.
         while time.monotonic() < deadline and member.process.returncode is None:
-            if member.name not in await self.house.not_ready():
+            if await self.house.serves(member):
                 return
             await asyncio.sleep(0.2)
 
@@ -176,4 +177,4 @@ class Striker:
         try:
             await card.act(self, member)
         finally:
-            self.strikes.append(Strike(card.kind, member.name, began_ns, time.time_ns(), states))
+            self.strikes.append(Strike(f"{card.kind}: {card.role}", member.name, began_ns, time.time_ns(), states))

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 import httpx
 import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.config import Config, CoordinatorConfig, EngineConfig, GatewayConfig, KvConfig, WorkerConfig
@@ -92,15 +93,15 @@ class House:
             self.coordinator_address = _free(host, held)
             self.grpc_address = _free("127.0.0.1", held)
             self.http_address = _free("127.0.0.1", held)
-            self.gateway_metrics = f"{self.http_address}"
-            self._add("coordinator", CoordinatorConfig(listen=self.coordinator_address, drain_s=1.0))
+            coordinator = self._add("coordinator", CoordinatorConfig(listen=self.coordinator_address, drain_s=1.0))
+            coordinator.address = self.coordinator_address
             roles: list[tuple[Role, int]] = [("prefill", config.num_prefill), ("decode", config.num_decode)]
             number = 0
             for role, count in roles:
                 for index in range(count):
                     number += 1
                     self._add_worker(role, f"{role}-{index}", number, here, held)
-            self._add(
+            gateway = self._add(
                 "gateway",
                 GatewayConfig(
                     listen=self.grpc_address,
@@ -112,6 +113,7 @@ class House:
                     drain_s=1.0,
                 ),
             )
+            gateway.address = self.grpc_address
 
     @property
     def workers(self) -> tuple[Member, ...]:
@@ -158,6 +160,17 @@ class House:
                 ends = "\n".join(self.members[name].process.tail() for name in late)
                 raise HouseError(f"not ready within {timeout_s:.0f} s: {', '.join(late)}\n{ends}")
             await asyncio.sleep(LOOK_S)
+
+    async def serves(self, member: Member) -> bool:
+        """Whether one process says itself that it serves."""
+        async with channel(member.address) as peer:
+            # Its published types know the blocking stub only.
+            stub: Any = health_pb2_grpc.HealthStub(peer)  # type: ignore[arg-type,unused-ignore]
+            try:
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=LOOK_TIMEOUT_S)
+            except grpc.aio.AioRpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def not_ready(self) -> list[str]:
         """Who does not serve now."""

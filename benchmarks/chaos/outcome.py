@@ -35,4 +35,5 @@ class Outcome:
     num_tokens: int
     wrong: str = ""
     detail: str = ""
-    cancelled_ns: int | None = None
+    #: When the client left, or its deadline passed: from then on nobody wants the answer.
+    given_up_ns: int | None = None

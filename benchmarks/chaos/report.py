@@ -78,7 +78,9 @@ def _states(verdict: Verdict) -> Table:
 def _sums(result: Result) -> list[tuple[str, str]]:
     seen, verdict = result.seen, result.verdict
     return [
-        ("availability, all / without a fault", f"{verdict.availability:.2%} / {verdict.availability_in_peace:.2%}"),
+        ("answered of those whose client waited", f"{verdict.availability:.2%}"),
+        ("and while the gateway was there", f"{verdict.availability_with_gateway:.2%}"),
+        ("and without any fault", f"{verdict.availability_in_peace:.2%}"),
         ("cancel to free", _freed(verdict.freed)),
         ("cancel to free, worker out of reach", _freed(verdict.freed_under_fault)),
         ("left alone, all free after", f"{seen.quiesce_s:.1f} s"),

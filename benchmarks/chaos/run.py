@@ -126,7 +126,7 @@ async def _ask_all(client: Client, load: Load, seen: Seen, striker: Striker, sho
                 at_ns = time.time_ns()
                 for _ in range(BURST_SIZE):
                     tasks.create_task(one(next(load.asks)))
-                seen.strikes.append(Strike("burst of requests", "gateway", at_ns, at_ns + 1_000_000_000))
+                seen.strikes.append(Strike("burst: requests", "gateway", at_ns, at_ns + 1_000_000_000))
             if room.locked():
                 # All turns are taken: what would come meanwhile never comes, as when clients hold back.
                 due = time.monotonic() + 0.1

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.chaos.asks import Kind
+from benchmarks.chaos.asks import CANCELLED, Kind
 from benchmarks.chaos.faults import Strike
 from benchmarks.chaos.outcome import GRACE_S, End, Outcome
 from benchmarks.chaos.watch import Work
@@ -18,6 +18,7 @@ _DEAF = ("stop", "link down", "link silent", "kill", "restart")
 #: A request counts for faults that ended so shortly before it began.
 _AFTER_NS = 500_000_000
 NONE = "none"
+GATEWAY_KILLED = "kill -9: gateway"
 #: Of an error's message.
 MAX_TOLD_CHARS = 100
 _DIGITS = re.compile(r"[0-9a-f]{8,}|[0-9.:]*[0-9]")
@@ -63,6 +64,8 @@ class Verdict:
 
     rows: tuple[Row, ...]
     availability: float
+    #: Of requests that met no outage of the (only) gateway.
+    availability_with_gateway: float
     availability_in_peace: float
     freed: Freed
     #: Of cancels whose word could not reach a worker meanwhile.
@@ -85,16 +88,16 @@ def judge(
     fair: list[float] = []
     under_fault: list[float] = []
     for outcome in outcomes:
-        if outcome.cancelled_ns is None:
+        if outcome.given_up_ns is None:
             continue
         spans = work.get(outcome.trace_id, ())
-        over_ns = max((span.end_ns for span in spans), default=outcome.cancelled_ns)
-        seconds = max(0.0, (over_ns - outcome.cancelled_ns) / 1e9)
+        over_ns = max((span.end_ns for span in spans), default=outcome.given_up_ns)
+        seconds = max(0.0, (over_ns - outcome.given_up_ns) / 1e9)
         replicas = {span.replica for span in spans} | {"gateway"}
         deaf = any(
             strike.kind.startswith(_DEAF) and strike.target in replicas
             for strike in strikes
-            if strike.began_ns <= over_ns and strike.ended_ns >= outcome.cancelled_ns
+            if strike.began_ns <= over_ns and strike.ended_ns >= outcome.given_up_ns
         )
         (under_fault if deaf else fair).append(seconds)
         if not deaf and seconds >= CANCEL_TO_FREE_P99_S:
@@ -106,6 +109,7 @@ def judge(
     return Verdict(
         rows=tuple(_rows(outcomes, strikes, met, retried)),
         availability=_availability(outcomes),
+        availability_with_gateway=_availability([o for o in outcomes if GATEWAY_KILLED not in met[o.trace_id]]),
         availability_in_peace=_availability([o for o in outcomes if not met[o.trace_id]]),
         freed=freed,
         freed_under_fault=_freed(under_fault),
@@ -142,12 +146,8 @@ def _violations(outcome: Outcome) -> Iterable[Violation]:
 
 def _availability(outcomes: Iterable[Outcome]) -> float:
     """Of the requests whose clients waited for as long as it takes, how many were answered."""
-    waited = [
-        outcome
-        for outcome in outcomes
-        if outcome.cancelled_ns is None and outcome.kind not in (Kind.HASTY, Kind.OVERSIZE)
-    ]
-    answered = sum(1 for outcome in waited if outcome.end in (End.ANSWERED, End.CANCELLED))
+    waited = [o for o in outcomes if o.kind not in (*CANCELLED, Kind.HASTY, Kind.OVERSIZE)]
+    answered = sum(1 for outcome in waited if outcome.end is End.ANSWERED)
     return answered / len(waited) if waited else 1.0
 
 
