@@ -40,14 +40,24 @@ MAX_QUEUED = 48
 @click.option("--rate", default=25.0, show_default=True, help="requests per second")
 @click.option("--transport", type=click.Choice(["both", "tcp", "ucx"]), default="both", show_default=True)
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="default: the default model's folder")
+@click.option("--folder", type=click.Path(path_type=Path), help="for logs and traces; default: a new one")
 @click.option("--keep", is_flag=True, help="keep logs and traces also when nothing was found")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 def main(
-    seconds: float, seed: int, rate: float, transport: str, tokenizer: Path | None, keep: bool, as_json: bool
+    seconds: float,
+    seed: int,
+    rate: float,
+    transport: str,
+    tokenizer: Path | None,
+    folder: Path | None,
+    keep: bool,
+    as_json: bool,
 ) -> None:
     """Load, faults and meddling; exit status 1 when anything happened that must not."""
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 120)
     tokenizer = tokenizer or default_model()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     no_links = netns.why_not()
     if no_links:
         console.print(f"[yellow]faults of links are left out[/]: no network namespaces here ({no_links})")
@@ -60,7 +70,12 @@ def main(
         # UCX reads between network namespaces go over its emulated TCP, which is not for production: loopback.
         links = not no_links and name == "tcp"
         setting = f"emulated engine, {name}, {'links' if links else 'loopback'}"
-        result = asyncio.run(_one(setting, name, seconds * share, seed, rate, tokenizer, links=links, console=console))
+        kept = Path(tempfile.mkdtemp(prefix=f"hexgen2-chaos-{name}-", dir=folder))
+        with tempfile.TemporaryDirectory(prefix="hexgen2-") as scratch:
+            # Of all processes: where traces go, and what those that are killed cannot clear away.
+            os.environ |= {"HEXGEN2_HOME": str(kept), "TMPDIR": scratch}
+            one = _one(setting, name, kept, seconds * share, seed, rate, tokenizer, links=links, console=console)
+            result = asyncio.run(one)
         results.append(result)
         report.show(result, console)
         if result.ok and not keep:
@@ -73,6 +88,7 @@ def main(
 async def _one(
     setting: str,
     transport: str,
+    folder: Path,
     seconds: float,
     seed: int,
     rate: float,
@@ -81,9 +97,6 @@ async def _one(
     links: bool,
     console: Console,
 ) -> report.Result:
-    folder = Path(tempfile.mkdtemp(prefix="hexgen2-chaos-"))
-    # Traces and run files of every process.
-    os.environ["HEXGEN2_HOME"] = str(folder)
     engine = EmulatedEngineConfig(
         vocab_size=load_model(tokenizer).vocab_size, prefill_tokens_per_s=10_000.0, decode_step_base_s=0.005
     )

@@ -135,7 +135,7 @@ class Meddler:
             if header is None:
                 return
             try:
-                endpoint = tcp_wire.Endpoint.unpack(header.header.ranks[0].endpoint)
+                endpoint = tcp_wire.Endpoint.unpack(header.header.ranks[0].endpoints[0])
             except TransportError:
                 return  # another transport
         finally:

@@ -1,7 +1,6 @@
 """The chaos run, short: ``make chaos`` is the long one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,8 @@ def test_a_fleet_under_load_and_faults_answers_right_or_says_why_not(tmp_path: P
     command = [sys.executable, "-m", "benchmarks.chaos", "--json", "--seconds", str(SECONDS), "--rate", "20"]
     command += ["--tokenizer", str(make_tiny_llama(tmp_path / "tiny"))]
     # What is kept of a run that failed lies where pytest keeps its folders.
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    command += ["--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     over_tcp, over_ucx = json.loads(done.stdout)
     for result in (over_tcp, over_ucx):
