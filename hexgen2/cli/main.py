@@ -177,6 +177,7 @@ main.add_command(
 for name, attribute, told in (
     ("plan", "plan_command", "Plan which GPUs of a cluster prefill and which decode, and how."),
     ("bench", "bench", "Measure the scheduler on this machine."),
+    ("doctor", "doctor_command", "Say what is missing on this machine, or in a fleet, and what to do about it."),
     ("deploy", "deploy", "Write files that start a fleet in containers or on many machines."),
     ("fit", "fit_command", "Fit the cost model to measured times, and show how far off it is."),
 ):
