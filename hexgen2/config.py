@@ -163,6 +163,10 @@ class GatewayConfig(Config):
     request_timeout_s: float = Field(300.0, gt=0, description="deadline of a request whose client set none")
     max_body_bytes: int = Field(8 * MIB, ge=1024)
     max_concurrent_requests: int = Field(512, ge=1)
+    max_http_connections: int = Field(
+        768, ge=1, description="for one more, the connection that has waited longest for a request is closed"
+    )
+    head_timeout_s: float = Field(10.0, gt=0, description="how long the head of an HTTP request may take to come")
     tls: TlsConfig | None = _TLS
     api_keys: Path | None = Field(
         None, description="file of API keys (`hexgen2 keys`): requests over HTTP and gRPC must show one"

@@ -72,6 +72,9 @@ TLS_CERTIFICATE_NOT_AFTER = Gauge(
     "hexgen2:tls_certificate_not_after_seconds", "When this process's certificate expires; seconds since 1970."
 )
 CALLS_REFUSED = Counter("hexgen2:calls_refused", "Calls refused for what their certificate says.", ["method"])
+HTTP_CONNECTIONS_CLOSED = Counter(
+    "hexgen2:http_connections_closed", "HTTP connections closed because they brought no request.", ["reason"]
+)
 API_REQUESTS = Counter(
     "hexgen2:api_requests", "Requests by the name of their API key and how it was taken.", ["key", "outcome"]
 )

@@ -41,7 +41,14 @@ async def serve(config: GatewayConfig) -> None:
         stack.push_async_callback(gateway.close)
         grpc_server = GrpcServer(config.listen, tls=tls, client_certs=config.asks_certificates)
         grpc_server.add(gateway_pb2_grpc.add_GatewayServicer_to_server, GatewayServicer(gateway), SERVICE)
-        http_server = HttpServer(make_app(gateway), config.http_listen, tls, client_certs=config.asks_certificates)
+        http_server = HttpServer(
+            make_app(gateway),
+            config.http_listen,
+            tls,
+            client_certs=config.asks_certificates,
+            max_connections=config.max_http_connections,
+            head_timeout_s=config.head_timeout_s,
+        )
 
         async def start() -> None:
             address = await grpc_server.start()

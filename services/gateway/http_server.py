@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from hexgen2.address import check_free, format_address, parse_address, port_in_use
 from hexgen2.tls import TlsFiles
 from hexgen2.tls_context import https_context
+from services.gateway.http_guard import guarded
 
 
 class _Server(uvicorn.Server):
@@ -35,11 +36,21 @@ class HttpServer:
     With ``tls`` it speaks HTTPS; with ``client_certs`` too only to clients with a certificate.
     """
 
-    def __init__(self, app: ASGIApp, listen: str, tls: TlsFiles | None = None, *, client_certs: bool = False) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listen: str,
+        tls: TlsFiles | None = None,
+        *,
+        client_certs: bool = False,
+        max_connections: int = 768,
+        head_timeout_s: float = 10.0,
+    ) -> None:
         self._app = app
         self._listen = listen
         self._tls = tls
         self._client_certs = client_certs
+        self._protocol = guarded(max_connections, head_timeout_s)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -64,6 +75,7 @@ class HttpServer:
             raise port_in_use(self._listen) from None
         config = uvicorn.Config(
             self._app,
+            http=self._protocol,
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -13,12 +13,13 @@ import pytest
 
 from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig
-from hexgen2.config import home
+from hexgen2.config import TlsConfig, home
 from hexgen2.engine.base import Sampling
 from hexgen2.plan import Load, Plan, Replica, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto
 from hexgen2.rpc.plan_convert import status_from_proto
+from hexgen2.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc, gateway_pb2, gateway_pb2_grpc, types_pb2
 from tests.eventually import eventually_async
 from tests.worker.pair import Pair
@@ -122,14 +123,20 @@ async def running(config: FleetConfig) -> AsyncIterator[Running]:
     config = config.model_copy(
         update={"listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0", "coordinator": "127.0.0.1:0", "drain_s": 5.0}
     )
+
+    def tls(role: str) -> TlsFiles | None:
+        return TlsFiles(TlsConfig.model_validate(config.tls / role)) if config.tls else None
+
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-")))
         fleet = await stack.enter_async_context(Fleet(config, folder))
-        gateway = await stack.enter_async_context(channel(fleet.grpc_address))
-        coordinator = await stack.enter_async_context(channel(fleet.coordinator_address))
+        gateway = await stack.enter_async_context(channel(fleet.grpc_address, tls("client")))
+        coordinator = await stack.enter_async_context(channel(fleet.coordinator_address, tls("admin")))
         plan = await fleet.plan()
         workers = {
-            replica.replica_id: Peer(replica.address, await stack.enter_async_context(channel(replica.address)))
+            replica.replica_id: Peer(
+                replica.address, await stack.enter_async_context(channel(replica.address, tls("gateway")))
+            )
             for replica in plan.replicas
         }
         yield Running(fleet, gateway, coordinator, workers, plan)

@@ -16,6 +16,7 @@ from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.engine.base import Sampling
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
+from tests.certificates import Authority
 from tests.fleet.harness import DEADLINE_S, GREEDY, LENGTH, STOP, Peer, Running, running, smollm2
 from tests.worker.pair import Pair
 
@@ -26,9 +27,11 @@ BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 4
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["ucx", "tcp"])
-async def fleet(request: pytest.FixtureRequest) -> AsyncIterator[Running]:
+async def fleet(request: pytest.FixtureRequest, authority: Authority) -> AsyncIterator[Running]:
+    """Over TCP everything speaks TLS, the KV plane too."""
     engine = {"kind": "vllm", "model": smollm2(), "max_model_len": 1536, "kv_cache_bytes": 512 << 20}
-    config = FleetConfig.model_validate({"engine": engine, "kv": {"transport": request.param}})
+    tls = authority.folder if request.param == "tcp" else None
+    config = FleetConfig.model_validate({"engine": engine, "kv": {"transport": request.param}, "tls": tls})
     async with running(config) as up:
         yield up
 

@@ -231,7 +231,12 @@ async def house(folder: Path, prefills: int = 1, decodes: int = 1, **config: Any
         text = TextModel.load(folder)
         gateway = Gateway(settings, text, plans)
         stack.push_async_callback(gateway.close)
-        http_server = HttpServer(make_app(gateway), "127.0.0.1:0")
+        http_server = HttpServer(
+            make_app(gateway),
+            "127.0.0.1:0",
+            max_connections=settings.max_http_connections,
+            head_timeout_s=settings.head_timeout_s,
+        )
         http_address = await http_server.start()
         stack.push_async_callback(http_server.stop)
         grpc_server = GrpcServer("127.0.0.1:0")
