@@ -5,11 +5,16 @@ prometheus_client adds ``_total`` to the names of counters.
 
 import errno
 import threading
+from collections import Counter as Counts
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
+from typing import Protocol
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from hexgen2.address import format_address, parse_address, port_in_use
 from hexgen2.errors import ConfigError
@@ -78,6 +83,40 @@ HTTP_CONNECTIONS_CLOSED = Counter(
 API_REQUESTS = Counter(
     "hexgen2:api_requests", "Requests by the name of their API key and how it was taken.", ["key", "outcome"]
 )
+
+
+class OpenTransfers(Collector):
+    """``hexgen2:kv_transfers_open``: hand-offs under way, by the state they are in when somebody looks."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[str, Stateful]] = {}
+
+    def add(self, side: str, transfer: "Stateful") -> None:
+        """A transfer of ``side`` (send or recv) begins."""
+        self._open[id(transfer)] = side, transfer
+
+    def remove(self, transfer: "Stateful") -> None:
+        """It is over. Idempotent."""
+        self._open.pop(id(transfer), None)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Called by whoever serves the metrics, from a thread of its own."""
+        family = GaugeMetricFamily("hexgen2:kv_transfers_open", "KV hand-offs under way.", labels=["state"])
+        for state, num in Counts(f"{side}_{transfer.state}" for side, transfer in tuple(self._open.values())).items():
+            family.add_metric([state], num)
+        yield family
+
+
+class Stateful(Protocol):
+    """What is counted of a transfer."""
+
+    @property
+    def state(self) -> StrEnum:
+        """Where it is."""
+
+
+KV_TRANSFERS_OPEN = OpenTransfers()
+REGISTRY.register(KV_TRANSFERS_OPEN)
 
 
 class MetricsServer:

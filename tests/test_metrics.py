@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hexgen2 import metrics
 from hexgen2.errors import ConfigError
+from hexgen2.kv.receiving import RecvState
 
 
 def fetch(address: str) -> str:
@@ -82,3 +83,22 @@ def test_every_metric_has_a_sentence_of_help() -> None:
     ours = [family for family in families if family.name.startswith("hexgen2:")]
     assert len(ours) >= 19
     assert all(family.documentation.endswith(".") for family in ours)
+
+
+def test_open_transfers_are_told_by_the_state_they_are_in_when_somebody_looks() -> None:
+    class Transfer:
+        state = RecvState.QUEUED
+
+    def told() -> dict[str, float]:
+        [family] = metrics.KV_TRANSFERS_OPEN.collect()
+        return {sample.labels["state"]: sample.value for sample in family.samples}
+
+    first, second = Transfer(), Transfer()
+    for each in (first, second):
+        metrics.KV_TRANSFERS_OPEN.add("recv", each)
+    assert told() == {"recv_queued": 2}
+    second.state = RecvState.LOADED
+    assert told() == {"recv_queued": 1, "recv_loaded": 1}
+    for each in (first, second, second):
+        metrics.KV_TRANSFERS_OPEN.remove(each)
+    assert told() == {}

@@ -61,6 +61,7 @@ class DecodeWorker:
                     yield output
             return
         receiver = self._receiver(job, job.remote)
+        metrics.KV_TRANSFERS_OPEN.add("recv", receiver.transfer)
         freed = False
         try:
             first = await receiver.fetch()
@@ -87,6 +88,7 @@ class DecodeWorker:
         finally:
             receiver.transfer.end()
             metrics.KV_TRANSFERS.labels(f"recv_{receiver.transfer.state}").inc()
+            metrics.KV_TRANSFERS_OPEN.remove(receiver.transfer)
             if not freed:
                 await uninterrupted(receiver.free())
 

@@ -71,6 +71,7 @@ class PrefillWorker:
         began = now()
         transfer = self._transfer(job)
         self._transfers.open(transfer)
+        metrics.KV_TRANSFERS_OPEN.add("send", transfer)
         changes = self._changes[job.transfer_id] = Changes()
         self._arrived.notify()
 
@@ -110,6 +111,7 @@ class PrefillWorker:
             transfer.end()
             changes.notify()
             metrics.KV_TRANSFERS.labels(f"send_{transfer.state}").inc()
+            metrics.KV_TRANSFERS_OPEN.remove(transfer)
             if transfer.state is SendState.RELEASED:
                 num_bytes = transfer.header.shape.bytes_per_token * transfer.header.num_tokens
                 metrics.KV_BYTES.labels(transfer.header.transport, transfer.header.codec, "offered").inc(num_bytes)
