@@ -42,9 +42,9 @@ def read_trace(path: Path) -> tuple[Request, ...]:
     """
     found = []
     num_rows = 0
-    for line, row in _rows(path):
+    for line, row in rows(path):
         num_rows += 1
-        prompt, output = (_tokens(path, line, row, columns) for columns in (PROMPT_COLUMNS, OUTPUT_COLUMNS))
+        prompt, output = (tokens(path, line, row, columns) for columns in (PROMPT_COLUMNS, OUTPUT_COLUMNS))
         if prompt > 0 and output > 0:
             found.append(Request(prompt, output))
     if not found:
@@ -79,7 +79,8 @@ def _cut(requests: Sequence[Request], cuts: Sequence[float]) -> Iterator[Sequenc
             yield part
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line number and columns of each request. Raises ConfigError."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             if ".json" in path.name:
@@ -106,7 +107,8 @@ def _json(path: Path, line: int, text: str) -> Mapping[str, Any]:
     return value
 
 
-def _tokens(path: Path, line: int, row: Mapping[str, Any], columns: tuple[str, ...]) -> int:
+def tokens(path: Path, line: int, row: Mapping[str, Any], columns: tuple[str, ...]) -> int:
+    """A number of tokens in one of ``columns``. Raises ConfigError with file, line and column."""
     column = next((name for name in columns if name in row), None)
     if column is None:
         names = [str(name) for name in row if name]
@@ -114,9 +116,9 @@ def _tokens(path: Path, line: int, row: Mapping[str, Any], columns: tuple[str, .
         raise ConfigError(f"{path}:{line}: {columns[0]}: no such column (nor {', '.join(columns[1:])}); {hint}")
     try:
         value = float(row[column])
-        tokens = int(value)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{path}:{line}: {column}: {row[column]!r} is not a number of tokens") from None
-    if value != tokens or tokens < 0:
+    if value != number or number < 0:
         raise ConfigError(f"{path}:{line}: {column}: {row[column]!r} is not a number of tokens")
-    return tokens
+    return number

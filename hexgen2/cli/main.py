@@ -176,6 +176,7 @@ main.add_command(
 
 for name, attribute, told in (
     ("plan", "plan_command", "Plan which GPUs of a cluster prefill and which decode, and how."),
+    ("simulate", "simulate_command", "Simulate a plan under a trace or a workload, request by request."),
     ("bench", "bench", "Measure the scheduler on this machine."),
     ("doctor", "doctor_command", "Say what is missing on this machine, or in a fleet, and what to do about it."),
     ("deploy", "deploy", "Write files that start a fleet in containers or on many machines."),

@@ -37,6 +37,8 @@ class Limits:
     num_lanes: int = 1
     #: Prompts in one step.
     max_prompts: int = 1_000_000
+    #: Whether a step may hold both phases (chunked prefill); else each is of one, prefill first.
+    mixes: bool = True
 
 
 @dataclass(slots=True)
@@ -236,6 +238,11 @@ class Engine:
 
     def _start(self, lane: _Lane) -> bool:
         """One step of a lane, or several of pure decode; False when it has nothing to do."""
+        if not self.limits.mixes and (self._waiting or self._partial):
+            parts = self._take(0)
+            if parts:
+                self._start_step(lane, 0, parts, [])
+                return True
         new = []
         for job in lane.joining:
             if job.num_made == 0:
@@ -247,19 +254,22 @@ class Engine:
         while lane.heap and self.kv_used + len(lane.heap) > self.limits.kv_tokens:
             self._preempt(lane, new)
         batch = len(lane.heap)
-        parts = self._take(batch) if self._waiting or self._partial else []
+        parts = self._take(batch) if self.limits.mixes and (self._waiting or self._partial) else []
         if not batch and not parts:
             return False
-        lane.busy = True
-        self.num_steps += 1
         if not parts and not new and self._start_run(lane, batch):
             return True
-        step = self._step(lane, batch, parts)
-        end = self._pass(self._times.parts(step))
+        self._start_step(lane, batch, parts, new)
+        return True
+
+    def _start_step(self, lane: _Lane, batch: int, parts: list[Part], new: list[Job]) -> None:
+        """Prompts, decode or both; ``batch`` 0 leaves the lane's requests as they are."""
+        lane.busy = True
+        self.num_steps += 1
+        end = self._pass(self._times.parts(self._step(lane, batch, parts)))
         for job, num_tokens, _ in parts:
             self._owner.computing(job, num_tokens, end)
-        self._clock.at(end, self._end, self._version, lane, 1, parts, new)
-        return True
+        self._clock.at(end, self._end, self._version, lane, min(batch, 1), parts, new)
 
     def _start_run(self, lane: _Lane, batch: int) -> bool:
         """Several steps of decode as one event, where nothing else can happen meanwhile."""
@@ -278,6 +288,8 @@ class Engine:
         first_s, last_s = sum(first), sum(last)
         parts_s = tuple((a + b) / 2 for a, b in zip(first, last, strict=True))
         growth_s = (last_s - first_s) / (num_steps - 1)
+        lane.busy = True
+        self.num_steps += 1
         self._run = _Run(lane, self._clock.now, num_steps, first_s, growth_s, parts_s)
         self._plan_run_end(self._run)
         return True
@@ -305,7 +317,8 @@ class Engine:
             attended += num_tokens * (before + num_tokens / 2)
             shared += num_tokens if number else 0
             finishing += last
-        return Step(tokens, attended, shared, len(parts), batch, lane.context_tokens, batch + finishing)
+        context = lane.context_tokens if batch else 0
+        return Step(tokens, attended, shared, len(parts), batch, context, batch + finishing)
 
     def _pass(self, seconds: tuple[float, ...]) -> float:
         """Send a step through the pipeline: each part begins it when it and the one before are done."""

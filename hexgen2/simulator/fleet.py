@@ -29,6 +29,9 @@ SUSPECT_S = 2.0
 LOST_AFTER_S = 5.0
 ATTEMPTS = 2
 
+#: Between two reports of a worker.
+REPORT_S = 1.0
+
 #: Between two calls of ``progress``.
 EVENTS_PER_LOOK = 20_000
 
@@ -125,6 +128,7 @@ class Simulation:
                 raise ConfigError(f"events: replica: the plan has no `{each.replica}`")
             self.clock.at(each.at_s, self._happen, each)
         self._num_requests = 0
+        self._reported_s = 0.0
         self._next()
 
     def run(self, progress: Callable[[int, float], None] | None = None) -> Outcome:
@@ -154,6 +158,7 @@ class Simulation:
 
     def _try(self, request: _Request, exclude: frozenset[str] = frozenset()) -> None:
         request.num_attempts += 1
+        self._report()
         suspects = self._suspects()
         route = None
         for avoid in dict.fromkeys((exclude | suspects, exclude, frozenset[str]())):
@@ -439,6 +444,20 @@ class Simulation:
 
     def _state(self, replica: _Replica, state: ReplicaState) -> None:
         self._states[replica.replica_id] = ReplicaStatus(replica.replica_id, state, Load())
+
+    def _report(self) -> None:
+        """Loads as workers report them, which the router may look at."""
+        if self.clock.now < self._reported_s + REPORT_S:
+            return
+        self._reported_s = self.clock.now
+        for name, replica in self.replicas.items():
+            load = Load(
+                replica.engine.num_running,
+                replica.engine.num_waiting,
+                replica.send.num_used + replica.staging.num_used,
+                replica.send.num_pages + replica.staging.num_pages,
+            )
+            self._states[name] = ReplicaStatus(name, self._states[name].state, load)
 
     def _suspect(self, replica: _Replica) -> None:
         self._suspect_until[replica.replica_id] = self.clock.now + SUSPECT_S

@@ -44,6 +44,8 @@ class Planned:
     longest_prompt: int
     codec: str | None = None
     pool_tokens: int | None = None
+    #: Whether steps hold both phases.
+    mixes: bool = True
 
     @cached_property
     def roles(self) -> Mapping[str, str]:
@@ -90,6 +92,7 @@ class Planned:
             max_num_batched_tokens=engine.max_num_batched_tokens,
             shared_tokens=cost.shared_tokens(stages),
             num_lanes=lanes,
+            mixes=self.mixes,
         )
         return ReplicaSpec(times, limits, pages, pages, plan.num_gpus)
 
@@ -241,14 +244,15 @@ def planned(
     *,
     codec: str | None = None,
     pool_tokens: int | None = None,
+    mixes: bool = True,
     where: Callable[[Place], str] = lambda place: ".".join(map(str, place)) + ": ",
 ) -> Planned:
     """The blueprint of a plan whose machines, GPUs, layers, memory and routes were checked against its cluster.
 
     ``where`` begins the line about a field. Raises ConfigError.
     """
-    _check(placement, problem, where)
-    found = Planned(placement, problem, longest_prompt, codec, pool_tokens)
+    check(placement, problem, where)
+    found = Planned(placement, problem, longest_prompt, codec, pool_tokens, mixes)
     for number, replica in enumerate(placement.replicas):
         room = found.replica(replica.id, replica.role).limits.kv_tokens
         if room < 1:
@@ -259,7 +263,8 @@ def planned(
     return found
 
 
-def _check(placement: Placement, problem: Problem, where: Callable[[Place], str]) -> None:
+def check(placement: Placement, problem: Problem, where: Callable[[Place], str]) -> None:
+    """Whether the plan's machines, GPUs, layers and routes are the cluster's and the model's. Raises ConfigError."""
     cluster, llm = problem.cluster, problem.llm
     owned = {(machine.name, gpu): count for machine in cluster.machines for gpu, count in machine.gpus}
     machines = {machine.name for machine in cluster.machines}
