@@ -1,9 +1,10 @@
-"""``python -m hexgen2.rpc.health HOST:PORT``: whether a service serves, as its exit status.
+"""``python -m hexgen2.rpc.health HOST:PORT [TLS_DIR]``: whether a service serves, as its exit status.
 
 Imports gRPC and nothing else: containers run it every few seconds.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,11 +25,22 @@ def is_serving(channel: grpc.Channel) -> bool:
 
 
 def main() -> None:
-    """Entry point: status 0 when it serves, 1 when it does not, 2 when called wrongly."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m hexgen2.rpc.health HOST:PORT")
-    with grpc.insecure_channel(sys.argv[1], options=(("grpc.enable_http_proxy", 0),)) as channel:
+    """Entry point: status 0 when it serves, 1 when it does not or its answer cannot be had.
+
+    TLS_DIR has ca.pem, cert.pem and key.pem, as for ``--tls``: a service's own will do, for it may ask itself.
+    """
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python -m hexgen2.rpc.health HOST:PORT [TLS_DIR]")
+    with _channel(*sys.argv[1:]) as channel:
         sys.exit(0 if is_serving(channel) else 1)
+
+
+def _channel(address: str, tls: str = "") -> grpc.Channel:
+    options = (("grpc.enable_http_proxy", 0),)
+    if not tls:
+        return grpc.insecure_channel(address, options=options)
+    ca, cert, key = ((Path(tls) / f"{name}.pem").read_bytes() for name in ("ca", "cert", "key"))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,22 @@ import asyncio
 import os
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
-from hexgen2 import certs
 from hexgen2.address import parse_address
-from hexgen2.cli.client import Access, generate, get_plan
+from hexgen2.cli.client import generate, get_plan
 from hexgen2.cli.fleet import Fleet, FleetError
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import answer
 from hexgen2.cli.main import make_request
 from hexgen2.cli.process import died
 from hexgen2.config import EmulatedEngineConfig
-from hexgen2.errors import ConfigError, PermissionDenied, Unavailable
-from hexgen2.tls_context import peer_context
-from tests.certificates import Authority
+from hexgen2.errors import ConfigError, Unavailable
 from tests.eventually import eventually
 from tests.models import make_tiny_llama
 
@@ -71,35 +66,6 @@ async def test_a_fleet_answers_and_leaves_nothing_behind(tokenizer: Path, tmp_pa
         assert made.text == (tmp_path / "out").read_text()
     assert [process.returncode for process in fleet.processes] == [0, 0, 0, 0]
     assert not any(map(is_running, pids))
-
-
-async def test_a_fleet_speaks_tls_everywhere(tokenizer: Path, tmp_path: Path, authority: Authority) -> None:
-    mine = authority.copied(tmp_path / "certs")
-    async with Fleet(config(tokenizer, tls=mine.folder), tmp_path / "run") as fleet:
-        client, request = Access(mine.files("client")), make_request("hello", max_tokens=5, ignore_eos=True)
-        with (tmp_path / "out").open("w") as out:
-            made = await answer(fleet.grpc_address, request, DEADLINE_S, out, client)
-            assert made.last.timing.decode_replica_id == "decode-0"
-            # Without a restart, and whoever began with the old certificates goes on.
-            certs.renew(mine.folder, days=1)
-            assert (await answer(fleet.grpc_address, request, DEADLINE_S, out, client)).text == made.text
-        assert len((await get_plan(fleet.coordinator_address, DEADLINE_S, client)).statuses) == 2
-        with pytest.raises(Unavailable, match=r"there is no connection: does only one side speak TLS"):
-            await get_plan(fleet.coordinator_address, DEADLINE_S)
-        with pytest.raises(Unavailable, match=r"there is no connection: .*expired"):
-            await get_plan(fleet.coordinator_address, DEADLINE_S, Access(authority.files("expired")))
-        with pytest.raises(PermissionDenied, match=r"GetPlan is for .*; the caller's certificate says: worker"):
-            await get_plan(fleet.coordinator_address, DEADLINE_S, Access(mine.files("worker")))
-        context = ssl.create_default_context(cafile=str(mine.config("client").ca))
-        async with httpx.AsyncClient(base_url=fleet.http_url, verify=context, trust_env=False) as http:
-            with pytest.raises(httpx.TransportError):
-                await http.get("/health")
-        async with httpx.AsyncClient(
-            base_url=fleet.http_url, verify=peer_context(mine.files("client"), server=False), trust_env=False
-        ) as http:
-            body = {"model": "", "prompt": "hello", "max_tokens": 5, "ignore_eos": True, "temperature": 0}
-            told = (await http.post("/v1/completions", json=body)).raise_for_status().json()
-            assert told["usage"]["completion_tokens"] == 5
 
 
 async def test_emulated_engines_take_the_tokenizers_vocabulary(tokenizer: Path, tmp_path: Path) -> None:
