@@ -68,13 +68,16 @@ class VllmEngineConfig(Config):
 
 
 class EmulatedEngineConfig(Config):
-    """An engine whose times come from figures and whose tokens come from its KV bytes."""
+    """An engine whose times come from figures, or a plan's, and whose tokens come from its KV bytes."""
 
     kind: Literal["emulated"] = "emulated"
     name: str = "emulated"
     prefill_tokens_per_s: float = Field(20_000.0, gt=0)
     decode_step_base_s: float = Field(0.002, ge=0, description="a decode step's time with an empty batch")
     decode_step_per_request_s: float = Field(0.0001, ge=0, description="and what each request in the batch adds")
+    cost_file: Path | None = Field(
+        None, description="take as long as a planned replica would (written by `hexgen2 up PLAN`) instead of by figures"
+    )
     num_layers: int = Field(4, ge=1)
     num_kv_heads: int = Field(2, ge=1)
     head_dim: int = Field(8, ge=2)

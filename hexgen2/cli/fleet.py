@@ -10,7 +10,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,11 +21,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hexgen2.address import check_free, format_address, parse_address
 from hexgen2.cli.client import Access
-from hexgen2.cli.fleet_config import FleetConfig, default_model
+from hexgen2.cli.cpu_quota import quota
+from hexgen2.cli.fleet_config import FleetConfig
+from hexgen2.cli.members import COORDINATOR, GATEWAY, Addresses, members
 from hexgen2.cli.process import ServiceProcess, died
-from hexgen2.config import Config, CoordinatorConfig, GatewayConfig, TlsConfig, VllmEngineConfig, WorkerConfig
+from hexgen2.config import TlsConfig
 from hexgen2.errors import HexgenError
-from hexgen2.model import load_model
 from hexgen2.plan import Plan, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
@@ -56,9 +57,17 @@ class Fleet:
         #: How this fleet is asked for its state.
         self.access = Access(load_tls(self._tls("admin")))
         with ExitStack() as held:
-            self.grpc_address = _choose_port(config.listen, "listen", held)
-            self.http_address = _choose_port(config.http_listen, "http_listen", held)
-            self.coordinator_address = _choose_port(config.coordinator, "coordinator", held)
+            grpc_address = _choose_port(config.listen, "listen", held)
+            http_address = _choose_port(config.http_listen, "http_listen", held)
+            more = tuple(
+                (_any_port(config.listen, held), _any_port(config.http_listen, held))
+                for _ in range(config.gateways - 1)
+            )
+            coordinator = _choose_port(config.coordinator, "coordinator", held)
+        self.addresses = Addresses(coordinator, grpc_address, http_address, more)
+        # Cores of the replicas that are held to a share, by name; the groups last as long as the processes.
+        self._cores: dict[str, float] = {}
+        self._quotas = ExitStack()
         #: Set: stop at once instead of letting running requests end.
         self.hurry = asyncio.Event()
         self._processes = {process.name: process for process in self._make()}
@@ -66,6 +75,21 @@ class Fleet:
     def __getitem__(self, name: str) -> ServiceProcess:
         """``coordinator``, ``gateway``, ``prefill-0``, ``decode-0``, ..."""
         return self._processes[name]
+
+    @property
+    def grpc_address(self) -> str:
+        """Of the first gateway."""
+        return self.addresses.grpc
+
+    @property
+    def http_address(self) -> str:
+        """Of the first gateway."""
+        return self.addresses.http
+
+    @property
+    def coordinator_address(self) -> str:
+        """Where workers register."""
+        return self.addresses.coordinator
 
     @property
     def http_url(self) -> str:
@@ -99,12 +123,22 @@ class Fleet:
             FleetError: one died, or not all were ready within ``start_timeout_s``.
         """
         deadline = time.monotonic() + self.config.start_timeout_s
+        groups = {name: self._quotas.enter_context(quota(name, cores)) for name, cores in self._cores.items()}
         for process in self.processes:
             await process.start()
-        tls = self.access.tls
-        async with channel(self.coordinator_address, tls) as coordinator, channel(self.grpc_address, tls) as gateway:
+            if process.name in groups:
+                groups[process.name].add(process.pid)
+        async with AsyncExitStack() as peers:
+            addresses = {
+                GATEWAY if not number else f"{GATEWAY}-{number}": address
+                for number, address in enumerate((self.grpc_address, *(grpc for grpc, _ in self.addresses.more)))
+            }
+            channels = {
+                name: await peers.enter_async_context(channel(address, self.access.tls))
+                for name, address in ({COORDINATOR: self.coordinator_address} | addresses).items()
+            }
             while True:
-                states = await self._states(coordinator, gateway)
+                states = await self._states(channels)
                 show(states)
                 if dead := [process for process in self.processes if process.returncode is not None]:
                     raise FleetError("\n".join(died(process) for process in dead))
@@ -130,13 +164,15 @@ class Fleet:
         """Stop the gateway first, so that nothing new comes in, then the workers, then the coordinator. Idempotent."""
         # A service drains for as long as its configuration says; the time on top is for the rest of its ending.
         drain_s = self.config.drain_s + 5.0
-        workers = [process for process in self.processes if process.service in ("prefill", "decode")]
-        for group in ([self["gateway"]], workers, [self["coordinator"]]):
+        gateways = [process for process in self.processes if process.service == GATEWAY]
+        workers = [process for process in self.processes if process.service not in (GATEWAY, COORDINATOR)]
+        for group in (gateways, workers, [self[COORDINATOR]]):
             if alive := [process.name for process in group if process.returncode is None]:
                 show(", ".join(alive))
             async with asyncio.TaskGroup() as tasks:
                 for process in group:
                     tasks.create_task(process.stop(drain_s, self.hurry))
+        self._quotas.close()
 
     async def plan(self) -> Plan:
         """The coordinator's plan now."""
@@ -145,10 +181,14 @@ class Fleet:
             answer = await stub.GetPlan(coordinator_pb2.GetPlanRequest(), timeout=LOOK_TIMEOUT_S)
             return plan_from_proto(answer.plan)
 
-    async def _states(self, coordinator: grpc.aio.Channel, gateway: grpc.aio.Channel) -> dict[str, str]:
+    async def _states(self, channels: Mapping[str, grpc.aio.Channel]) -> dict[str, str]:
+        """``channels`` to the coordinator and the gateways, by name; workers are known to the coordinator."""
         states: dict[str, str] = {process.name: ReplicaState.STARTING for process in self.processes}
-        if await _is_serving(coordinator):
-            states["coordinator"] = ReplicaState.READY
+        for name, peer in channels.items():
+            if await _is_serving(peer):
+                states[name] = ReplicaState.READY
+        if states[COORDINATOR] == ReplicaState.READY:
+            coordinator = channels[COORDINATOR]
             stub: coordinator_pb2_grpc.CoordinatorAsyncStub = coordinator_pb2_grpc.CoordinatorStub(coordinator)
             try:
                 answer = await stub.GetPlan(coordinator_pb2.GetPlanRequest(), timeout=LOOK_TIMEOUT_S)
@@ -157,8 +197,6 @@ class Fleet:
             for status in map(status_from_proto, answer.statuses):
                 if status.replica_id in states:
                     states[status.replica_id] = status.state
-        if await _is_serving(gateway):
-            states["gateway"] = ReplicaState.READY
         return states
 
     def _tls(self, role: str) -> TlsConfig | None:
@@ -166,54 +204,15 @@ class Fleet:
 
     def _make(self) -> list[ServiceProcess]:
         """Write every process's configuration file."""
-        config, engine = self.config, self.config.engine
-        if isinstance(engine, VllmEngineConfig):
-            tokenizer, served_name = config.tokenizer or engine.model, config.served_model_name
-        else:
-            tokenizer, served_name = config.tokenizer or default_model(), config.served_model_name or engine.name
-            if "vocab_size" not in engine.model_fields_set:
-                # Its tokens must be the tokenizer's, both ways.
-                engine = engine.model_copy(update={"vocab_size": load_model(tokenizer).vocab_size})
-        host, _ = parse_address(self.coordinator_address)
-        members: list[tuple[str, str, Config]] = [
-            (
-                "coordinator",
-                "coordinator",
-                CoordinatorConfig(listen=self.coordinator_address, codec=config.codec, tls=self._tls("coordinator")),
-            )
-        ]
-        for role, count in (("prefill", config.prefill), ("decode", config.decode)):
-            for number in range(count):
-                name = f"{role}-{number}"
-                worker = WorkerConfig(
-                    role="prefill" if role == "prefill" else "decode",
-                    replica_id=name,
-                    listen=format_address(host, 0),
-                    metrics_listen=format_address(host, 0),
-                    coordinator=self.coordinator_address,
-                    engine=engine,
-                    kv=config.kv,
-                    tls=self._tls("worker"),
-                    drain_s=config.drain_s,
-                )
-                members.append((name, role, worker))
-        gateway = GatewayConfig(
-            listen=self.grpc_address,
-            http_listen=self.http_address,
-            coordinator=self.coordinator_address,
-            model=tokenizer,
-            served_model_name=served_name,
-            tls=self._tls("gateway"),
-            api_keys=config.api_keys,
-            drain_s=config.drain_s,
-        )
-        members.append(("gateway", "gateway", gateway))
         self.run_dir.mkdir(parents=True, exist_ok=True)
         processes = []
-        for name, service, settings in members:
-            file = self.run_dir / f"{name}.yaml"
-            file.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-            processes.append(ServiceProcess(name, service, file, self.run_dir / f"{name}.log"))
+        for member in members(self.config, self.addresses, self.run_dir):
+            file = self.run_dir / f"{member.name}.yaml"
+            file.write_text(yaml.safe_dump(member.settings.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+            log_file = self.run_dir / f"{member.name}.log"
+            if member.share is not None and member.share.cores:
+                self._cores[member.name] = member.share.cores
+            processes.append(ServiceProcess(member.name, member.service, file, log_file, member.environment))
         return processes
 
 
@@ -234,6 +233,12 @@ def _choose_port(listen: str, what: str, held: ExitStack) -> str:
     if port:
         check_free(listen, what=what)
         return listen
+    return _any_port(listen, held)
+
+
+def _any_port(listen: str, held: ExitStack) -> str:
+    """The same host with a free port, held until all are chosen."""
+    host, _ = parse_address(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     probe = held.enter_context(socket.socket(family))
     probe.bind((host, 0))

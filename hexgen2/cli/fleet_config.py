@@ -20,6 +20,11 @@ def default_model() -> Path:
 class FleetConfig(Config):
     """A fleet on this machine. Port 0 takes any free one."""
 
+    plan: Path | None = Field(None, description="a plan.yaml: exactly its replicas; `prefill` and `decode` do not count")
+    cluster: str = Field("", description="with a plan: its cluster.yaml; default: the catalog's of the name it gives")
+    workload: str = Field("", description="with a plan: its workload.yaml; default: the built-in one of that name")
+    cpu_quotas: bool = Field(True, description="with a plan on CPU cores: hold each replica to its share of them")
+    gateways: int = Field(1, ge=1, le=16, description="number of gateways; further ones take any free ports")
     prefill: int = Field(1, ge=0, le=64, description="number of prefill workers; with none, decode workers do both")
     decode: int = Field(1, ge=1, le=64, description="number of decode workers")
     listen: str = Field("127.0.0.1:50051", description="host:port of the gateway's gRPC service")

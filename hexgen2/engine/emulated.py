@@ -1,4 +1,5 @@
-"""The emulated engine: continuous batching with chunked prefill, times from figures, tokens from ``emulated_kv``.
+"""The emulated engine: continuous batching with chunked prefill, tokens from ``emulated_kv``, times from figures or,
+for planned GPUs, from the scheduler's cost model.
 
 Its KV travels through the same agents and transports as vLLM's. Greedy only: temperature and its like are ignored.
 """
@@ -9,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from math import ceil, inf
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from hexgen2.config import EmulatedEngineConfig, KvConfig, TlsConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv, restored
+from hexgen2.engine.planned_cost import load_planned_cost
 from hexgen2.errors import EngineFailed, InvalidRequest
 from hexgen2.kv.agent import KvAgent
 from hexgen2.kv.choose import make_transports, transport_name
@@ -24,9 +27,12 @@ from hexgen2.kv.codecs import NONE
 from hexgen2.kv.layout import rank_slices
 from hexgen2.kv.wire import chunk_span, num_chunks
 from hexgen2.model import ModelSpec
+from hexgen2.simulator.step_times import Figures, Step, StepTimes
 
 #: What makes two emulated models the same; the rest is only how fast they are.
 _IDENTITY = {"name", "num_layers", "num_kv_heads", "head_dim", "vocab_size"}
+#: A step that should be over already is caught up with, as far as this; a longer standstill is none of the engine's.
+MAX_BEHIND_S = 0.05
 _TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,6 +50,8 @@ class _Running:
     num_sent_chunks: int = 0
     checksum: int = 0
     done: bool = False
+    #: Its step is in a later part of the pipeline.
+    in_pipeline: bool = False
 
     @property
     def num_missing(self) -> int:
@@ -79,6 +87,20 @@ class EmulatedEngine:
         self._waiting: deque[_Running] = deque()
         self._running: list[_Running] = []
         self._work = asyncio.Event()
+        # Steps that are past the slowest part, and when they are through the last.
+        self._in_pipeline: list[tuple[float, list[tuple[_Running, int]]]] = []
+        self._clock = 0.0
+        self._times: StepTimes
+        if config.cost_file is None:
+            self._times = Figures(
+                1 / config.prefill_tokens_per_s, config.decode_step_base_s, config.decode_step_per_request_s
+            )
+            self._kv_tokens, self._max_num_seqs, self._num_lanes = inf, config.max_num_seqs, 1
+        else:
+            cost = load_planned_cost(config.cost_file)
+            self._times, self._kv_tokens = cost.times, cost.kv_tokens
+            self._max_num_seqs, self._num_lanes = cost.max_num_seqs * cost.num_lanes, cost.num_lanes
+            self._config = config = config.model_copy(update={"max_num_batched_tokens": cost.max_num_batched_tokens})
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -146,6 +168,7 @@ class EmulatedEngine:
                 if not self._waiting and not self._running:
                     self._work.clear()
                     await self._work.wait()
+                    self._clock = asyncio.get_running_loop().time()
                 await self._step()
         except asyncio.CancelledError:
             raise
@@ -156,30 +179,56 @@ class EmulatedEngine:
             raise
 
     async def _step(self) -> None:
-        config = self._config
+        loop = asyncio.get_running_loop()
+        for due, batch in [entry for entry in self._in_pipeline if entry[0] <= loop.time()]:
+            self._in_pipeline.remove((due, batch))
+            self._finish(batch)
         self._running = [r for r in self._running if not r.done]
-        while self._waiting and len(self._running) < config.max_num_seqs:
+        held = sum(len(running.token_ids) for running in self._running)
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            held += len(self._waiting[0].token_ids) + 1
+            if self._running and held > self._kv_tokens:
+                break
             running = self._waiting.popleft()
             if not running.done:
                 self._load(running)
                 self._running.append(running)
         if not self._running:
             return
-        budget = config.max_num_batched_tokens
+        batch = self._choose()
+        if not batch:
+            # All of them are further on in the pipeline.
+            await asyncio.sleep(max(0.0, min(due for due, _ in self._in_pipeline) - loop.time()))
+            self._clock = loop.time()
+            return
+        parts = self._times.parts(_step_of(batch))
+        # From the planned end of the step before, so that what this process itself takes is not added.
+        self._clock = max(self._clock, loop.time() - MAX_BEHIND_S) + max(parts)
+        if len(parts) > 1:
+            self._in_pipeline.append((self._clock + sum(parts) - max(parts), batch))
+            for running, _ in batch:
+                running.in_pipeline = True
+        await asyncio.sleep(max(0.0, self._clock - loop.time()))
+        if len(parts) == 1:
+            self._finish(batch)
+
+    def _choose(self) -> "list[tuple[_Running, int]]":
+        """Requests of the next step and how many tokens of each: decode first; of a pipeline's lanes, one."""
+        budget = self._config.max_num_batched_tokens
+        free = [running for running in self._running if not running.in_pipeline]
+        most = ceil(len(self._running) / self._num_lanes)
         batch: list[tuple[_Running, int]] = []
-        for running in sorted(self._running, key=lambda r: r.num_missing > 1):
+        for running in sorted(free, key=lambda r: r.num_missing > 1)[:most]:
             take = min(budget, running.num_missing)
             if take:
                 batch.append((running, take))
                 budget -= take
-        prefilled = sum(take for running, take in batch if running.num_output == 0)
-        decoding = sum(1 for running, _ in batch if running.num_output)
-        await asyncio.sleep(
-            config.decode_step_base_s
-            + decoding * config.decode_step_per_request_s
-            + prefilled / config.prefill_tokens_per_s
-        )
+        return batch
+
+    def _finish(self, batch: "list[tuple[_Running, int]]") -> None:
+        """The step has passed the last part: its KV and tokens are there."""
         for running, take in batch:
+            running.in_pipeline = False
             if not running.done:
                 self._compute(running, take)
                 if running.num_missing == 0:
@@ -261,3 +310,19 @@ class EmulatedEngine:
         sampled = SampledToken(token, 0.0, (Logprob(token, 0.0, 1),)) if asked else SampledToken(token)
         running.outputs.put_nowait(EngineOutput((sampled,), finish, running.num_cached))
         running.done = finish is not None
+
+
+def _step_of(batch: "list[tuple[_Running, int]]") -> Step:
+    """What a step computes, as its cost is told."""
+    prompts = [(running, take) for running, take in batch if running.num_output == 0]
+    decoding = [running for running, _ in batch if running.num_output]
+    tokens = sum(take for _, take in prompts)
+    return Step(
+        prompt_tokens=tokens,
+        attended=sum(take * (running.num_computed + take / 2) for running, take in prompts),
+        shared_tokens=tokens - prompts[0][1] if len(prompts) > 1 else 0,
+        num_prompts=len(prompts),
+        num_decoding=len(decoding),
+        context_tokens=sum(running.num_computed for running in decoding),
+        num_sampled=len(decoding) + sum(take == running.num_missing for running, take in prompts),
+    )
