@@ -66,7 +66,7 @@ class RoutePlan(Part):
     decode: str
     flow_rps: float = Field(gt=0)
     transfer_s: float = Field(ge=0, description="a mean prompt's KV, when nobody else uses the links")
-    codec: str = Field("raw", description="how the KV is written")
+    codec: str = Field("none", description="what the KV travels in")
 
 
 class LinkPlan(Part):

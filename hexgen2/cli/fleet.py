@@ -212,7 +212,9 @@ class Fleet:
             log_file = self.run_dir / f"{member.name}.log"
             if member.share is not None and member.share.cores:
                 self._cores[member.name] = member.share.cores
-            processes.append(ServiceProcess(member.name, member.service, file, log_file, member.environment))
+            processes.append(
+                ServiceProcess(member.name, member.service, file, log_file, environment=member.environment)
+            )
         return processes
 
 
@@ -229,7 +231,7 @@ async def _is_serving(peer: grpc.aio.Channel) -> bool:
 
 def _choose_port(listen: str, what: str, held: ExitStack) -> str:
     """``listen`` when it is free, or with a free port when its port is 0; held until all are chosen."""
-    host, port = parse_address(listen, what=what)
+    _, port = parse_address(listen, what=what)
     if port:
         check_free(listen, what=what)
         return listen

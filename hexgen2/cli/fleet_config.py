@@ -20,7 +20,7 @@ def default_model() -> Path:
 class FleetConfig(Config):
     """A fleet on this machine. Port 0 takes any free one."""
 
-    plan: Path | None = Field(None, description="a plan.yaml: exactly its replicas; `prefill` and `decode` do not count")
+    plan: Path | None = Field(None, description="a plan.yaml: exactly its replicas, instead of `prefill` and `decode`")
     cluster: str = Field("", description="with a plan: its cluster.yaml; default: the catalog's of the name it gives")
     workload: str = Field("", description="with a plan: its workload.yaml; default: the built-in one of that name")
     cpu_quotas: bool = Field(True, description="with a plan on CPU cores: hold each replica to its share of them")

@@ -88,7 +88,13 @@ def main() -> None:
 
 
 main.add_command(
-    service_command("up", FleetConfig, up_command.up, "Start coordinator, workers and gateway on this machine.")
+    service_command(
+        "up",
+        FleetConfig,
+        up_command.up,
+        "Start coordinator, workers and gateway on this machine; with PLAN, a plan.yaml, exactly its replicas.",
+        argument="plan",
+    )
 )
 
 

@@ -60,8 +60,13 @@ def serve_and_exit(service: Coroutine[Any, Any, None]) -> None:
     sys.exit(status)
 
 
-def service_command(name: str, cls: type[C], run: Callable[[C], None], summary: str = "") -> click.Command:
-    """A command with ``--config FILE`` and a flag for each field of ``cls``; flags win over the file."""
+def service_command(
+    name: str, cls: type[C], run: Callable[[C], None], summary: str = "", argument: str = ""
+) -> click.Command:
+    """A command with ``--config FILE`` and a flag for each field of ``cls``; flags win over the file.
+
+    ``argument`` is the field that may be given without a flag.
+    """
     places = {place: field for place, field in _leaves(cls) if place[-1] != ROLE}
     names = {_parameter(place): place for place in places}
     fixed = {ROLE: name} if ROLE in cls.model_fields else {}
@@ -77,10 +82,13 @@ def service_command(name: str, cls: type[C], run: Callable[[C], None], summary: 
     file = click.Option(
         ["--config"], type=click.Path(path_type=Path), metavar="FILE", help="YAML file with these fields; flags win."
     )
-    options = [
+    options: list[click.Parameter] = [
         click.Option([flag_name(place), _parameter(place)], type=_kind(field.annotation), help=_help(place, field))
         for place, field in places.items()
+        if place != (argument,)
     ]
+    if argument:
+        options.append(click.Argument([argument], required=False))
     return click.Command(name, callback=callback, params=[file, *options], help=summary or f"Run one {name} process.")
 
 

@@ -60,5 +60,3 @@ def planned_cost(planned: Planned, replica_id: str) -> PlannedCost:
         max_num_batched_tokens=limits.max_num_batched_tokens,
         num_lanes=limits.num_lanes if role != "prefill" else 1,
     )
-
-

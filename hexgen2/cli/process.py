@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,17 +22,25 @@ class ServiceProcess:
     """``python -m services.<service> --config FILE`` with its output in a log file. Leads a process group of its own,
     so that a terminal's Ctrl-C reaches the fleet alone, and nothing that it started outlives it.
 
-    ``launcher`` goes before the command and must become it (``nsenter``, ``taskset``...).
+    ``launcher`` goes before the command and must become it (``nsenter``, ``taskset``...); ``environment`` is on top of
+    this process's own.
     """
 
     def __init__(
-        self, name: str, service: str, config_file: Path, log_file: Path, launcher: Sequence[str] = ()
+        self,
+        name: str,
+        service: str,
+        config_file: Path,
+        log_file: Path,
+        launcher: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.service = service
         self.log_file = log_file
         self._config_file = config_file
         self._launcher = launcher
+        self._environment = dict(environment or {})
         self._process: asyncio.subprocess.Process | None = None
         self._started_at = 0.0
 
@@ -67,7 +75,7 @@ class ServiceProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=defaults | os.environ | {DIE_WITH_PARENT: "1"},
+                env=defaults | os.environ | self._environment | {DIE_WITH_PARENT: "1"},
                 start_new_session=True,
             )
         self._started_at = time.monotonic()

@@ -1,6 +1,8 @@
-"""``hexgen2 status``: the plan, and what every replica is doing, as the coordinator knows it."""
+"""``hexgen2 status``: the plan, what every replica is doing, and what was promised against what is measured."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
@@ -8,8 +10,13 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from hexgen2.cli.client import Access, get_plan
-from hexgen2.plan import ReplicaState
-from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
+from hexgen2.gateway_loads import together
+from hexgen2.kv.codecs import NONE
+from hexgen2.plan import GatewayLoad, Measured, Plan, Prediction, ReplicaState, ReplicaStatus, Route
+from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto, status_from_proto
+
+#: More are not read by people.
+MAX_ROUTES = 40
 
 _STYLES = {ReplicaState.READY: "green", ReplicaState.LOST: "red"}
 
@@ -27,27 +34,83 @@ async def show_status(address: str, timeout_s: float, access: Access, console: C
         return
     plan = plan_from_proto(answer.plan)
     statuses = {status.replica_id: status for status in map(status_from_proto, answer.statuses)}
-    table = Table(
-        "replica", "state", "running", "waiting", "KV memory used", "model", "address", box=None, padding=(0, 2, 0, 0)
-    )
+    gateways = [gateway_from_proto(gateway) for gateway in answer.gateways]
+    console.print(f"plan epoch {plan.epoch}, {len(plan.replicas)} replicas, {len(plan.routes)} routes", highlight=False)
+    console.print(_replicas(plan, statuses, gateways))
+    console.print()
+    console.print(_promises(plan.prediction, together(gateways)))
+    console.print()
+    for replica in plan.replicas:
+        console.print(f"{replica.replica_id}: KV by {replica.transport}", highlight=False, soft_wrap=True)
+    for route in plan.routes[:MAX_ROUTES]:
+        console.print(_route(route), highlight=False)
+    if len(plan.routes) > MAX_ROUTES:
+        console.print(f"and {len(plan.routes) - MAX_ROUTES} routes more: --json lists them", highlight=False)
+
+
+def _replicas(plan: Plan, statuses: Mapping[str, ReplicaStatus], gateways: Iterable[GatewayLoad]) -> Table:
+    in_flight: Counter[str] = Counter()
+    for gateway in gateways:
+        for route in gateway.routes:
+            for end in {route.prefill_replica_id, route.decode_replica_id}:
+                in_flight[end] += route.num_requests
+    planned = {each.replica_id: each for each in plan.prediction.replicas} if plan.prediction else {}
+    columns = ["replica", "role", "state", "in flight", "running", "waiting", "KV memory used", "model", "address"]
+    if planned:
+        columns.insert(3, "planned")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for replica in plan.replicas:
         status = statuses.get(replica.replica_id)
         if status is None:
             continue
         load = status.load
-        table.add_row(
+        cells = [
             replica.replica_id,
+            replica.role.value,
             f"[{_STYLES.get(status.state, 'yellow')}]{status.state}",
+            str(in_flight[replica.replica_id]),
             str(load.num_requests_running),
             str(load.num_requests_waiting),
             f"{decimal(load.kv_pool_bytes_used)} of {decimal(load.kv_pool_bytes_total)}",
             replica.model,
             replica.address,
-        )
-    console.print(f"plan epoch {plan.epoch}, {len(plan.replicas)} replicas, {len(plan.routes)} routes", highlight=False)
-    console.print(table)
-    console.print()
-    for replica in plan.replicas:
-        console.print(f"{replica.replica_id}: KV by {replica.transport}", highlight=False, soft_wrap=True)
-    for route in plan.routes:
-        console.print(f"{route.prefill_replica_id} → {route.decode_replica_id}   flow {route.flow:g}", highlight=False)
+        ]
+        if planned:
+            promised = planned.get(replica.replica_id)
+            cells.insert(3, f"{promised.flow_rps:.3g} of {promised.capacity_rps:.3g}/s" if promised else "")
+        table.add_row(*cells)
+    return table
+
+
+def _promises(prediction: Prediction | None, measured: Measured) -> Table:
+    """What the plan promises beside what gateways measured of the last minute."""
+    window_s = max(measured.window_s, 1e-9)
+    told: tuple[float | None, ...] = (None,) * 5
+    if (plan := prediction) is not None:
+        told = (plan.load_rps, plan.throughput_rps, plan.output_tokens_per_s, plan.ttft_s, plan.tpot_s)
+    load, most, tokens, ttft_s, tpot_s = told
+    ended = measured.num_finished > 0
+    made = measured.num_finished * measured.mean_output_tokens / window_s
+    table = Table("", "predicted", f"measured, last {measured.window_s:.0f} s", box=None, padding=(0, 2, 0, 0))
+    table.add_row("arrivals", _of(load, "/s"), _of(measured.num_arrived / window_s, "/s"))
+    table.add_row("finished", _of(most, "/s at most"), _rate(measured))
+    table.add_row("output tokens", _of(tokens, "/s at most"), _of(made, "/s"))
+    table.add_row("TTFT", _of(ttft_s, " s"), _of(measured.mean_ttft_s if ended else None, " s"))
+    table.add_row("TPOT", _of(tpot_s, " s"), _of(measured.mean_tpot_s if ended else None, " s"))
+    return table
+
+
+def _rate(measured: Measured) -> str:
+    told = _of(measured.num_finished / max(measured.window_s, 1e-9), "/s")
+    return f"{told}, {measured.num_failed} failed" if measured.num_failed else told
+
+
+def _of(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.3g}{unit}"
+
+
+def _route(route: Route) -> str:
+    ends = (route.prefill_replica_id, route.decode_replica_id)
+    if ends[0] == ends[1]:
+        return f"{ends[0]} alone   flow {route.flow:.3g}"
+    return f"{ends[0]} → {ends[1]}   flow {route.flow:.3g}" + (f", {route.codec}" if route.codec != NONE else "")

@@ -150,6 +150,7 @@ async def _tell(fleet: Fleet, console: Console) -> None:
         ("HTTP (OpenAI)", f"{fleet.http_url}/v1"),
         ("metrics", f"{fleet.http_url}/metrics"),
         ("gRPC", f"{fleet.grpc_address}  hexgen2.v1.Gateway/Generate"),
+        *(("another gateway", f"{grpc}, http://{http}/v1") for grpc, http in fleet.addresses.more),
         ("coordinator", fleet.coordinator_address),
         *((each.replica_id, f"{each.address}  {each.model}, KV by {each.transport}") for each in plan.replicas),
         *((f"{each.replica_id} metrics", f"http://{each.metrics_address}/metrics") for each in plan.replicas),

@@ -1,0 +1,155 @@
+"""``hexgen2 up plan.yaml``: the plan's replicas, as processes."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from hexgen2.cli.client import Access, generate, get_plan
+from hexgen2.cli.cpu_quota import V1, quota
+from hexgen2.cli.fleet import Fleet
+from hexgen2.cli.fleet_config import FleetConfig
+from hexgen2.cli.main import make_request
+from hexgen2.cli.members import Addresses, members
+from hexgen2.cli.status import show_status
+from hexgen2.config import CoordinatorConfig, WorkerConfig
+from hexgen2.errors import ConfigError, Unavailable
+from hexgen2.plan import Role, Route
+from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto
+from tests.eventually import eventually_async
+from tests.models import make_tiny_llama
+from tests.placements import mixed, placement, planned_replica, stage, write
+
+DEADLINE_S = 60.0
+ADDRESSES = Addresses("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def config(tokenizer: Path, plan: Path, **fields: object) -> FleetConfig:
+    free = dict.fromkeys(("listen", "http_listen", "coordinator"), "127.0.0.1:0")
+    engine = {"kind": "emulated"}
+    given = {"engine": engine, "tokenizer": tokenizer, "kv": {"transport": "tcp"}, "drain_s": 5, "plan": plan}
+    return FleetConfig.model_validate(free | given | fields)
+
+
+def test_a_plan_makes_flexible_workers_with_its_costs(tokenizer: Path, tmp_path: Path) -> None:
+    found = members(config(tokenizer, write(tmp_path, mixed())), ADDRESSES, tmp_path)
+    assert [(each.name, each.service) for each in found] == [
+        ("coordinator", "coordinator"),
+        *((name, "flexible") for name in ("p", "d", "c")),
+        ("gateway", "gateway"),
+    ]
+    coordinator, worker = found[0].settings, found[1].settings
+    assert isinstance(coordinator, CoordinatorConfig)
+    assert coordinator.plan == tmp_path / "plan.yaml"
+    assert isinstance(worker, WorkerConfig)
+    assert worker.engine.kind == "emulated"
+    assert worker.engine.cost_file == tmp_path / "p-cost.yaml"
+    cost = yaml.safe_load((tmp_path / "p-cost.yaml").read_text())
+    assert [(each["gpu"], each["num_layers"]) for each in cost["stages"]] == [("A100-SXM", 40)]
+
+
+def test_vllm_gets_the_plans_stages_and_refuses_what_it_cannot_do(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    engine = {"kind": "vllm", "model": str(tokenizer)}
+
+    def given(*stages: object) -> FleetConfig:
+        plan = placement(planned_replica("c", "colocated", *stages, batch=7))  # type: ignore[arg-type]
+        return config(tokenizer, write(tmp_path, plan), engine=engine)
+
+    halves = stage("cpu-0.5", 1, 0, 3), stage("cpu-0.5", 1, 3, 1)
+    worker = members(given(*halves), ADDRESSES, tmp_path)[1]
+    assert isinstance(worker.settings, WorkerConfig)
+    made = worker.settings.engine
+    assert made.kind == "vllm"
+    assert (made.tensor_parallel_size, made.pipeline_parallel_size, made.max_num_seqs) == (1, 2, 7)
+    assert worker.environment == {"VLLM_PP_LAYER_PARTITION": "3,1"}
+    assert worker.share is not None
+    assert worker.share.cores == 1.0
+    with pytest.raises(ConfigError, match=r"stages of 2, 1 GPUs: vLLM takes one tensor_parallel_size"):
+        members(given(stage("cpu", 2, 0, 1), stage("cpu", 1, 1, 1)), ADDRESSES, tmp_path)
+    with pytest.raises(ConfigError, match=r"replica c has 40 layers, and .* has 4: give the model"):
+        members(given(stage("cpu")), ADDRESSES, tmp_path)
+    with pytest.raises(ConfigError, match="it takes 1 H100-SXM, and no GPU is here"):
+        members(given(stage("H100-SXM")), ADDRESSES, tmp_path)
+
+
+async def test_a_planned_fleet_routes_by_its_flow_over_two_gateways_and_says_how_it_does(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    async with Fleet(config(tokenizer, write(tmp_path, mixed()), gateways=2), tmp_path) as fleet:
+        plan = await fleet.plan()
+        assert {each.replica_id: each.role for each in plan.replicas} == {
+            "p": Role.PREFILL,
+            "d": Role.DECODE,
+            "c": Role.COLOCATED,
+        }
+        assert set(plan.routes) == {Route("p", "d", 2.0), Route("c", "c", 1.0)}
+        went: Counter[tuple[str, str]] = Counter()
+        addresses = (fleet.grpc_address, fleet.addresses.more[0][0])
+        for number in range(6):
+            async for response in generate(
+                addresses[number % 2], make_request("hello", max_tokens=3, ignore_eos=True), DEADLINE_S
+            ):
+                last = response
+            went[last.timing.prefill_replica_id, last.timing.decode_replica_id] += 1
+        # Each gateway spreads by itself: two over the route and one alone, of every three.
+        assert went == {("p", "d"): 4, ("", "c"): 2}
+
+        async def both_reported() -> bool:
+            answer = await get_plan(fleet.coordinator_address, DEADLINE_S)
+            seen = [gateway_from_proto(each) for each in answer.gateways]
+            return sum(each.measured.num_finished for each in seen) == 6 and len(seen) == 2
+
+        await eventually_async(both_reported)
+        text = io.StringIO()
+        await show_status(fleet.coordinator_address, DEADLINE_S, Access(), Console(file=text, width=160), as_json=False)
+        told = text.getvalue()
+        assert "1 of 2/s" in told
+        assert "0.5 s" in told
+        assert "c alone" in told
+
+        # The plan, its epoch and its routes outlive the coordinator.
+        fleet["coordinator"].send(signal.SIGKILL)
+        await fleet["coordinator"].wait()
+        await fleet["coordinator"].start()
+
+        async def back() -> bool:
+            try:
+                answer = await get_plan(fleet.coordinator_address, DEADLINE_S)
+            except Unavailable:
+                return False
+            return plan_from_proto(answer.plan) == plan
+
+        await eventually_async(back)
+    log = (tmp_path / "coordinator.log").read_text().splitlines()
+    events = [json.loads(line) for line in log if line.startswith("{")]
+    left = {each["replica"] for each in events if each.get("state") == "stopped"}
+    assert left == {"p", "d", "c"}
+    assert not [each for each in events if each.get("state") == "lost"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not (V1 / "cpu.cfs_quota_us").exists(), reason="needs root and cgroup v1")
+async def test_a_quota_holds_a_process_and_leaves_nothing_behind() -> None:
+    with quota("test", 0.25) as group:
+        folder = next(V1.glob(f"hexgen2-{os.getpid()}-test"))
+        assert (folder / "cpu.cfs_quota_us").read_text().strip() == "25000"
+        process = await asyncio.create_subprocess_exec("sleep", "60")
+        group.add(process.pid)
+        assert str(process.pid) in (folder / "cgroup.procs").read_text().split()
+        process.kill()
+        await process.wait()
+    assert not folder.exists()
