@@ -55,6 +55,10 @@ bench-quality: $(INSTALLED) ## plans of 50 small clusters against exhaustive sea
 bench-scheduler: $(INSTALLED) ## seconds that plans of 64 to 1,024 GPUs take
 	$(BIN)/hexgen2 bench scheduler
 
+.PHONY: chaos
+chaos: setup ## ten minutes of load and faults on a fleet of processes, every answer checked
+	$(BIN)/python -m benchmarks.chaos
+
 .PHONY: lint
 lint: $(INSTALLED) ## formatting, lint, types and import rules alone
 	$(BIN)/ruff format --check

@@ -39,7 +39,9 @@ MAX_QUEUED = 48
 @click.option("--seed", default=1, show_default=True)
 @click.option("--rate", default=25.0, show_default=True, help="requests per second")
 @click.option("--transport", type=click.Choice(["both", "tcp", "ucx"]), default="both", show_default=True)
+@click.option("--cross", is_flag=True, help="two workers that serve both phases (both transports: after the others)")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="default: the default model's folder")
+@click.option("--free-within", default=1.0, show_default=True, help="seconds from cancel to free, in 99 of 100 cases")
 @click.option("--folder", type=click.Path(path_type=Path), help="for logs and traces; default: a new one")
 @click.option("--keep", is_flag=True, help="keep logs and traces also when nothing was found")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
@@ -48,7 +50,9 @@ def main(
     seed: int,
     rate: float,
     transport: str,
+    cross: bool,
     tokenizer: Path | None,
+    free_within: float,
     folder: Path | None,
     keep: bool,
     as_json: bool,
@@ -64,17 +68,31 @@ def main(
     else:
         # Before any thread is started: all that follows, this process included, is alone on its own network.
         netns.enter()
-    transports = {"tcp": 0.6, "ucx": 0.4} if transport == "both" else {transport: 1.0}
+    both = {("tcp", False): 0.5, ("tcp", True): 0.2, ("ucx", False): 0.3}
+    settings = both if transport == "both" else {(transport, cross): 1.0}
     results = []
-    for name, share in transports.items():
+    for (name, crosses), share in settings.items():
         # UCX reads between network namespaces go over its emulated TCP, which is not for production: loopback.
         links = not no_links and name == "tcp"
-        setting = f"emulated engine, {name}, {'links' if links else 'loopback'}"
+        workers = "two workers of both phases" if crosses else "two prefill, two decode"
+        setting = f"emulated engine, {workers}, {name}, {'a link each' if links else 'loopback'}"
         kept = Path(tempfile.mkdtemp(prefix=f"hexgen2-chaos-{name}-", dir=folder))
         with tempfile.TemporaryDirectory(prefix="hexgen2-") as scratch:
             # Of all processes: where traces go, and what those that are killed cannot clear away.
             os.environ |= {"HEXGEN2_HOME": str(kept), "TMPDIR": scratch}
-            one = _one(setting, name, kept, seconds * share, seed, rate, tokenizer, links=links, console=console)
+            one = _one(
+                setting,
+                name,
+                kept,
+                seconds * share,
+                seed,
+                rate,
+                tokenizer,
+                crosses=crosses,
+                free_within=free_within,
+                links=links,
+                console=console,
+            )
             result = asyncio.run(one)
         results.append(result)
         report.show(result, console)
@@ -94,6 +112,8 @@ async def _one(
     rate: float,
     tokenizer: Path,
     *,
+    crosses: bool,
+    free_within: float,
     links: bool,
     console: Console,
 ) -> report.Result:
@@ -118,7 +138,9 @@ async def _one(
             "max_queued": MAX_QUEUED,
         }
     )
-    config = HouseConfig(folder, tokenizer, engine, kv, namespaces=links)
+    counts = {"num_prefill": 0, "num_decode": 0, "num_flexible": 2} if crosses else {}
+    config = HouseConfig(folder, tokenizer, engine, kv, namespaces=links, **counts)
+    cards = deck(roles=["flexible"] if crosses else ["prefill", "decode"], links=links, seconds=seconds)
     load = Load(asks.asks(known, oversize, seed), known, seconds, rate, seed, burst_every_s=15.0)
     tail = SpanTail(folder / "traces")
     progress = Progress(
@@ -135,14 +157,14 @@ async def _one(
             def show(num: int, answered: int, strikes: int) -> None:
                 progress.update(task, completed=num, now=f"{num} requests, {answered} answered, {strikes} faults")
 
-            seen = await run(house, load, deck(links=links, seconds=seconds), text, tail, show)
+            seen = await run(house, load, cards, text, tail, show)
     finally:
         await house_running.__aexit__(None, None, None)
     tail.read()
     tail.close()
     _save(folder / "requests.jsonl", seen.outcomes)
     _save(folder / "faults.jsonl", seen.strikes)
-    judged = verdict.judge(seen.outcomes, seen.strikes, tail.work, retried(house))
+    judged = verdict.judge(seen.outcomes, seen.strikes, tail.work, retried(house), free_within)
     seen.violations += crashes(house)
     return report.Result(setting, seen, judged, str(folder))
 

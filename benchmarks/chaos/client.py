@@ -134,7 +134,7 @@ class Client:
             # One chunk, or one entry of the usage, per token; the stop token ends the answer and is no part of it.
             stopped = ask.stop_token in answer
             shown = answer[: answer.index(ask.stop_token)] if stopped and ask.stop_token is not None else answer
-            right = text_of(self._text, ask.known.prompt, shown, whole=not stopped)
+            right = text_of(self._text, ask.known.prompt, shown, whole=True)
             if seen.text != right:
                 return f"text {seen.text!r}, not {right!r}"
             finish = FinishReason.STOP if stopped else FinishReason.LENGTH

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -85,11 +85,11 @@ def _link(
     return act
 
 
-def deck(*, links: bool, seconds: float) -> list[Card]:
+def deck(*, roles: Sequence[str], links: bool, seconds: float) -> list[Card]:
     """Every fault once. Those of links only where there are links; the longest only where there is time."""
     cards = [Card("kill -9", "coordinator", _kill), Card("kill -9", "gateway", _kill)]
     cards += [Card("stop, continue", "coordinator", _pause(0.2, 3.0))]
-    for role in ("prefill", "decode"):
+    for role in roles:
         cards += [
             Card("kill -9", role, _kill),
             Card("restart", role, _restart),

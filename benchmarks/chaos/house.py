@@ -36,7 +36,7 @@ REQUEST_TIMEOUT_S = 45.0
 _HUB = "10.77.0.1"
 _PORT, _METRICS_PORT = 50061, 9100
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "flexible"]
 
 
 class HouseError(RuntimeError):
@@ -73,6 +73,8 @@ class HouseConfig:
     kv: KvConfig
     num_prefill: int = 2
     num_decode: int = 2
+    #: That serve both phases at once, each handing over to the others.
+    num_flexible: int = 0
     #: Each worker in a network namespace of its own. The caller has entered one.
     namespaces: bool = False
     start_timeout_s: float = 120.0
@@ -95,7 +97,11 @@ class House:
             self.http_address = _free("127.0.0.1", held)
             coordinator = self._add("coordinator", CoordinatorConfig(listen=self.coordinator_address, drain_s=1.0))
             coordinator.address = self.coordinator_address
-            roles: list[tuple[Role, int]] = [("prefill", config.num_prefill), ("decode", config.num_decode)]
+            roles: list[tuple[Role, int]] = [
+                ("prefill", config.num_prefill),
+                ("decode", config.num_decode),
+                ("flexible", config.num_flexible),
+            ]
             number = 0
             for role, count in roles:
                 for index in range(count):
@@ -121,8 +127,8 @@ class House:
         return tuple(member for member in self.members.values() if member.role is not None)
 
     def of(self, role: Role) -> tuple[Member, ...]:
-        """The workers of a role."""
-        return tuple(member for member in self.workers if member.role == role)
+        """The workers that serve a role."""
+        return tuple(member for member in self.workers if member.role in (role, "flexible"))
 
     async def start(self) -> None:
         """Start all and wait until all are ready. Raises HouseError."""
@@ -207,6 +213,8 @@ class House:
         file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         launcher = link.b_side.command if link is not None else ()
         service = config.role if isinstance(config, WorkerConfig) else name
+        if isinstance(config, GatewayConfig) and self.config.num_flexible:
+            service = "benchmarks.chaos.cross"
         process = ServiceProcess(name, service, file, folder / f"{name}.log", launcher)
         self.members[name] = Member(process, link=link)
         return self.members[name]

@@ -22,8 +22,8 @@ class ServiceProcess:
     """``python -m services.<service> --config FILE`` with its output in a log file. Leads a process group of its own,
     so that a terminal's Ctrl-C reaches the fleet alone, and nothing that it started outlives it.
 
-    ``launcher`` goes before the command and must become it (``nsenter``, ``taskset``...); ``environment`` is on top of
-    this process's own.
+    ``service`` may also be a module's whole name. ``launcher`` goes before the command and must become it (``nsenter``,
+    ``taskset``...); ``environment`` is on top of this process's own.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ServiceProcess:
                 *self._launcher,
                 sys.executable,
                 "-m",
-                f"services.{self.service}",
+                self.service if "." in self.service else f"services.{self.service}",
                 "--config",
                 str(self._config_file),
                 stdin=asyncio.subprocess.DEVNULL,
