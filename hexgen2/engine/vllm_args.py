@@ -125,8 +125,6 @@ def sampling_params(request: EngineRequest) -> Any:
             repetition_penalty=sampling.repetition_penalty,
             structured_outputs=_structured(StructuredOutputsParams, sampling.json_schema),
             detokenize=False,
-            # All of its KV comes with the transfer, which is loaded as a whole.
-            skip_reading_prefix_cache=True if request.load_transfer else None,
             output_kind=RequestOutputKind.DELTA,
             extra_args={"kv_transfer_params": transfer} if transfer else None,
         )
