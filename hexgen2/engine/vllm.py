@@ -84,7 +84,8 @@ class VllmEngine:
         from vllm.inputs import tokens_input
 
         params = sampling_params(request)
-        prompt = tokens_input(list(request.prompt_token_ids))
+        # All KV of a transfer is loaded: an engine that prefills as well must find none of it in its prefix cache.
+        prompt = tokens_input(list(request.prompt_token_ids), cache_salt=request.load_transfer)
         first = True
         self._in_flight += 1
         try:
