@@ -8,6 +8,8 @@ class HexgenError(Exception):
     """Base of every error that a caller may see. ``status`` is a ``grpc.StatusCode`` name."""
 
     status = "INTERNAL"
+    #: KV or a transfer that is not what it should be: logged by the server that ends the call, once.
+    is_refusal = False
 
 
 class InvalidRequest(HexgenError):
@@ -18,6 +20,7 @@ class InvalidRequest(HexgenError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.is_refusal = field.startswith(("transfer.", "remote_kv."))
 
 
 class ConfigError(HexgenError):
@@ -54,30 +57,35 @@ class TransferNotFound(HexgenError):
     """No such transfer is held here (any more), or the token is not its token."""
 
     status = "NOT_FOUND"
+    is_refusal = True
 
 
 class TransferEnded(HexgenError):
     """The transfer was here and is over: its KV is given up, its id and token are used up."""
 
     status = "FAILED_PRECONDITION"
+    is_refusal = True
 
 
 class TransferRefused(HexgenError):
     """What was offered is not what was asked for: another model, prompt, shape, dtype or codec."""
 
     status = "FAILED_PRECONDITION"
+    is_refusal = True
 
 
 class KvTooLarge(HexgenError):
     """The KV of this prompt is larger than the whole pool."""
 
     status = "FAILED_PRECONDITION"
+    is_refusal = True
 
 
 class KvCorrupt(HexgenError):
     """Bytes that do not match their digest. They were not served."""
 
     status = "DATA_LOSS"
+    is_refusal = True
 
 
 class ReplicaConflict(HexgenError):

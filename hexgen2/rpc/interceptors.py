@@ -185,6 +185,8 @@ async def _end(error: BaseException, span: Span, context: _Context) -> NoReturn:
         trailing: tuple[tuple[str, str], ...] = ((ERROR_KEY, type(error).__name__),)
         if isinstance(error, Overloaded):
             trailing += ((RETRY_AFTER_KEY, f"{error.retry_after_s:g}"),)
+        if error.is_refusal:
+            log.warning("refused", status=error.status, kind=type(error).__name__, reason=message)
     else:
         log.error("call_failed", exc_info=error)
         code, message, trailing = grpc.StatusCode.INTERNAL, "internal error; the server's log has it", ()
