@@ -108,13 +108,13 @@ class Running:
         await eventually_async(idle)
 
 
-async def metric(replica: Replica, name: str) -> float:
-    """The sum over the labels of one of a worker's metrics."""
+async def metric(replica: Replica, name: str, label: str = "") -> float:
+    """The sum over the labels of one of a worker's metrics, or over those that ``label`` is part of."""
     async with httpx.AsyncClient() as client:
         text = (await client.get(f"http://{replica.metrics_address}/metrics")).text
     lines = [line for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
     assert lines, f"{replica.replica_id} has no metric {name}"
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if label in line)
 
 
 @asynccontextmanager

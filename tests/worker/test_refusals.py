@@ -34,6 +34,9 @@ class Liar(prefill_pb2_grpc.PrefillServicer):
         if pieces:
             self.messages.append(prefill_pb2.FetchKvResponse(pieces=prefill_pb2.KvPieces(pieces=pieces)))
 
+    def Prefill(self, request: prefill_pb2.PrefillRequest, context: Any) -> Any:
+        raise NotImplementedError
+
     async def FetchKv(self, request: prefill_pb2.FetchKvRequest, context: Any) -> AsyncIterator[Any]:
         for message in self.messages:
             yield message
@@ -207,10 +210,11 @@ async def test_an_unknown_codec_is_refused_by_both_sides() -> None:
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 async def test_kv_larger_than_the_pool_is_told_before_anything_is_made(side: str) -> None:
     pools = small(send_bytes=70_000, staging_bytes=70_000)
-    async with pair(**{f"{side}_kv": pools}) as fleet:
+    sending = side == "prefill"
+    async with pair(prefill_kv=pools if sending else None, decode_kv=None if sending else pools) as fleet:
         transfer = fleet.transfer()
         prefill = fleet.start_prefill(transfer, PROMPT, SAMPLING)
-        call = prefill if side == "prefill" else fleet.start_decode(transfer, PROMPT, SAMPLING)
+        call = prefill if sending else fleet.start_decode(transfer, PROMPT, SAMPLING)
         with capture_logs() as logs:
             code, details = await status_of(call)
         assert code is REFUSED
