@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from hexgen2.address import format_address, parse_address
@@ -19,7 +19,7 @@ _PING, _FLOOD = b"p", b"f"
 _CHUNK = bytes(1 << 20)
 
 
-def serve(listen: str) -> Iterator[str]:
+def serve(listen: str) -> Generator[str, None, None]:
     """Answer peers one at a time. Yields the bound address, then a line for each peer; ends when closed.
 
     Raises:
