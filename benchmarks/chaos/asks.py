@@ -1,6 +1,6 @@
 """What clients ask: a stream of requests of many kinds, the same for the same seed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -64,10 +64,11 @@ class Ask:
     cancel_after_tokens: int | None = None
 
 
-def asks(known: Sequence[Known], oversize: Sequence[Known], seed: int) -> Iterator[Ask]:
-    """Requests without end."""
+def asks(known: Sequence[Known], oversize: Sequence[Known], seed: int, without: Collection[Kind] = ()) -> Iterator[Ask]:
+    """Requests without end, of all kinds but those ``without``."""
     number = 0
-    kinds, weights = list(_WEIGHTS), list(_WEIGHTS.values())
+    kinds = [kind for kind in _WEIGHTS if kind not in without]
+    weights = [_WEIGHTS[kind] for kind in kinds]
     while True:
         number += 1
         random = Random(f"{seed}/{number}")

@@ -118,7 +118,7 @@ def _shaper(bits_per_s: float) -> Callable[[Link], None]:
 class Striker:
     """Deals the deck until cancelled, ``lanes`` faults at a time; a fault under way is ended first."""
 
-    def __init__(self, house: House, cards: list[Card], seed: int, lanes: int = 2) -> None:
+    def __init__(self, house: House, cards: list[Card], seed: int, lanes: int) -> None:
         self.house = house
         self.random = Random(f"faults/{seed}")
         self.strikes: list[Strike] = []

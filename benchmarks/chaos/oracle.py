@@ -9,8 +9,12 @@ from random import Random
 from hexgen2.config import EmulatedEngineConfig
 from hexgen2.engine.base import FinishReason
 from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv
+from hexgen2.rpc.client import channel
 from hexgen2.text.tokenizer import TextModel
+from hexgen2.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 
+#: A real model on a busy CPU.
+ASK_TIMEOUT_S = 300.0
 #: No answer is longer.
 MAX_TOKENS = 24
 #: Around the edges of chunks (128 tokens), and between.
@@ -55,6 +59,20 @@ def emulated_answer(config: EmulatedEngineConfig, prompt: Sequence[int], num_tok
         tokens.append(next_token(checksum & MASK, len(tokens), config.vocab_size))
         first = len(tokens) - 1
         hashes = prefix_hashes(tokens[-1:], int(hashes[-1]))
+
+
+async def asked_answer(address: str, prompt: Sequence[int], num_tokens: int = MAX_TOKENS) -> Known:
+    """What one decode replica answers by itself, prompt and all."""
+    request = decode_pb2.DecodeRequest(
+        request_id=f"oracle-{len(prompt)}",
+        prompt_token_ids=prompt,
+        sampling=types_pb2.SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
+    )
+    async with channel(address) as peer:
+        stub: decode_pb2_grpc.DecodeAsyncStub = decode_pb2_grpc.DecodeStub(peer)
+        call = stub.Decode(request, timeout=ASK_TIMEOUT_S)
+        tokens = [token.token_id async for response in call for token in response.tokens.tokens]
+    return Known(tuple(prompt), tuple(tokens))
 
 
 def wrong_tokens(known: Known, got: Sequence[int]) -> str:

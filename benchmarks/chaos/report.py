@@ -1,6 +1,6 @@
 """The result as tables for people."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +26,23 @@ class Result:
     def ok(self) -> bool:
         """Nothing happened that must not."""
         return not self.verdict.violations and not self.seen.violations
+
+
+def to_json(result: Result) -> dict[str, object]:
+    """Everything but the requests and the strikes one by one, which are in the folder."""
+    seen, verdict = asdict(result.seen), asdict(result.verdict)
+    num_requests = len(seen.pop("outcomes"))
+    del seen["strikes"]
+    violations = [*verdict.pop("violations"), *seen.pop("violations")]
+    return {
+        "setting": result.setting,
+        "ok": result.ok,
+        "num_requests": num_requests,
+        **verdict,
+        **seen,
+        "violations": violations,
+        "folder": result.folder,
+    }
 
 
 def show(result: Result, console: Console) -> None:
@@ -83,6 +100,7 @@ def _sums(result: Result) -> list[tuple[str, str]]:
         ("and without any fault", f"{verdict.availability_in_peace:.2%}"),
         ("cancel to free", _freed(verdict.freed)),
         ("cancel to free, worker out of reach", _freed(verdict.freed_under_fault)),
+        ("this process itself woke late by, p99", f"{seen.late_p99_s:.3f} s"),
         ("left alone, all free after", f"{seen.quiesce_s:.1f} s"),
         ("leaked / still in quarantine", f"{seen.leaked_bytes:.0f} / {seen.quarantine_bytes:.0f} bytes"),
         ("most in one pool / in quarantine", f"{seen.max_used_bytes:.0f} / {seen.max_quarantine_bytes:.0f} bytes"),

@@ -27,6 +27,7 @@ QUIESCE_S = 60.0
 #: Requests that a fleet left alone must answer, every one.
 NUM_CHECKS = 24
 WATCH_S = 0.5
+LATENESS_S = 0.05
 #: More requests than so many at a time wait for their turn.
 MAX_IN_FLIGHT = 160
 BURST_SIZE = 80
@@ -44,7 +45,9 @@ class Load:
     seconds: float
     rate: float
     seed: int
-    burst_every_s: float = 0.0
+    burst_every_s: float
+    #: Faults at a time.
+    lanes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Seen:
     meddling: dict[str, int] = field(default_factory=dict)
     memory: list[Memory] = field(default_factory=list)
     seconds: float = 0.0
+    #: How late this process itself woke from 50 ms of sleep: how starved of CPU all of this was.
+    late_p99_s: float = 0.0
     quiesce_s: float = 0.0
     max_used_bytes: float = 0.0
     max_quarantine_bytes: float = 0.0
@@ -79,12 +84,12 @@ async def run(house: House, load: Load, cards: list[Card], text: TextModel, tail
     """Everything that happens to a fleet that is up."""
     seen = Seen()
     client = Client(house.grpc_address, house.http_address, text, REQUEST_TIMEOUT_S)
-    striker = Striker(house, cards, load.seed)
+    striker = Striker(house, cards, load.seed, load.lanes)
     meddler = Meddler(house, load.known, load.seed)
     watcher = _Watcher(house, seen)
     began = time.monotonic()
     try:
-        async with owned(tail.run()), owned(watcher.run()):
+        async with owned(tail.run()), owned(watcher.run()), owned(watcher.measure_lateness()):
             async with owned(meddler.run()), asyncio.TaskGroup() as tasks:
                 tasks.create_task(striker.run())
                 await _ask_all(client, load, seen, striker, show)
@@ -190,6 +195,7 @@ class _Watcher:
         self._house = house
         self._seen = seen
         self._first: dict[str, tuple[int, float, int]] = {}
+        self._late: list[float] = []
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -213,8 +219,17 @@ class _Watcher:
                         seen.max_quarantine_bytes = max(seen.max_quarantine_bytes, total(metrics, QUARANTINE))
                 await asyncio.sleep(WATCH_S)
 
+    async def measure_lateness(self) -> None:
+        """Until cancelled."""
+        while True:
+            due = time.monotonic() + LATENESS_S
+            await asyncio.sleep(LATENESS_S)
+            self._late.append(time.monotonic() - due)
+
     def finish(self) -> None:
-        """Note the memory of every process at the end."""
+        """Note the memory of every process at the end, and how late we were."""
+        late = sorted(self._late) or [0.0]
+        self._seen.late_p99_s = late[int(len(late) * 0.99)]
         for member in self._house.members.values():
             pid, _, first = self._first.get(member.name, (0, 0.0, 0))
             process = member.process
