@@ -59,6 +59,14 @@ bench-scheduler: $(INSTALLED) ## seconds that plans of 64 to 1,024 GPUs take
 chaos: setup ## ten minutes of load and faults on a fleet of processes, every answer checked
 	$(BIN)/python -m benchmarks.chaos
 
+# Traces of the Azure conversation workload are read from here where they are (README).
+TRACES ?= ../shared/data
+JOBS ?= 2
+
+.PHONY: paper
+paper: $(INSTALLED) ## the paper's evaluation by simulation -> docs/results.md (about an hour; goes on where it ended)
+	$(BIN)/python -m benchmarks.paper --traces $(TRACES) --jobs $(JOBS)
+
 .PHONY: lint
 lint: $(INSTALLED) ## formatting, lint, types and import rules alone
 	$(BIN)/ruff format --check

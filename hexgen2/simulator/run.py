@@ -77,11 +77,16 @@ def simulate(
     progress: Callable[[int, float], None] | None = None,
 ) -> Report:
     """Run it. The same arguments give the same report."""
-    plan, workload = blueprint.placement, blueprint.problem.workload
-    settings = Settings(demand.slo, demand.warmup_s, demand.max_queued)
-    simulation = Simulation(blueprint, demand.arrivals(workload, plan.load_rps), settings, demand.happenings)
+    simulation = make(blueprint, demand)
     simulation.run(progress)
     return report(simulation, price_per_hour)
+
+
+def make(blueprint: Planned, demand: Demand) -> Simulation:
+    """The simulation of a plan under a demand, not yet run."""
+    plan, workload = blueprint.placement, blueprint.problem.workload
+    settings = Settings(demand.slo, demand.warmup_s, demand.max_queued)
+    return Simulation(blueprint, demand.arrivals(workload, plan.load_rps), settings, demand.happenings)
 
 
 def prepare(
