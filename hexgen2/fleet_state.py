@@ -52,6 +52,9 @@ class Snapshot:
     plan: Plan
     states: Mapping[str, ReplicaState]
     role_epochs: Mapping[str, int]
+    #: The placement (``placement.to_json``) that was applied last, and the one that was configured then; "": none.
+    applied: str = ""
+    configured: str = ""
 
 
 class FleetState:
@@ -73,6 +76,8 @@ class FleetState:
         codec: str = NONE,
     ) -> None:
         self.plan = Plan(epoch)
+        #: As in a snapshot; the caller's to set, told back in snapshots.
+        self.applied = self.configured = ""
         self._assignment = assignment
         self._version = version
         self._lost_after_s = lost_after_s
@@ -98,6 +103,8 @@ class FleetState:
             self.plan,
             {key: member.status.state for key, member in self._members.items()},
             {key: member.role_epoch for key, member in self._members.items()},
+            self.applied,
+            self.configured,
         )
 
     def restore(self, snapshot: Snapshot, now_s: float) -> Change:
@@ -182,12 +189,27 @@ class FleetState:
         return self.plan
 
     def assign(self, assignment: Assignment | None) -> None:
-        """Follow another assignment from the next ``replan`` on, which is due; flexible replicas change their roles."""
-        self._assignment = assignment
+        """Follow another assignment from the next ``replan`` on, which is due; flexible replicas change their roles.
+
+        Raises:
+            ReplicaMismatch: it names replicas that are not here, or has one do what it cannot; nothing has changed.
+        """
+        alive = {key for key, member in self._members.items() if not member.lost}
+        missing = sorted(set(assignment.roles) - alive) if assignment else []
+        if missing:
+            raise ReplicaMismatch(
+                f"the plan has {', '.join(missing)}, and this fleet {', '.join(sorted(alive)) or 'nobody'}: start what "
+                f"is missing, or plan for the replicas that are here"
+            )
+        before, self._assignment = self._assignment, assignment
+        try:
+            roles = {key: self._role(member.replica, member) for key, member in self._members.items()}
+        except ReplicaMismatch:
+            self._assignment = before
+            raise
         for key, member in self._members.items():
-            role = self._role(member.replica, member)
-            if role is not member.replica.role:
-                replica = replace(member.replica, role=role)
+            if roles[key] is not member.replica.role:
+                replica = replace(member.replica, role=roles[key])
                 self._members[key] = replace(member, replica=replica, role_epoch=self.plan.epoch + 1)
 
     def _next_plan(self, traceparent: str) -> Plan:

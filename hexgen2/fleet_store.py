@@ -30,6 +30,7 @@ FORMAT = 1
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS plan (epoch INTEGER PRIMARY KEY, made_unix_s REAL NOT NULL, plan BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS placement (name TEXT PRIMARY KEY, json TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS replica (replica_id TEXT PRIMARY KEY, state TEXT NOT NULL, role_epoch INTEGER NOT NULL);
 """
 
@@ -121,6 +122,7 @@ class FleetStore:
         if row is None:
             return None
         rows = self._connection.execute("SELECT replica_id, state, role_epoch FROM replica").fetchall()
+        placements = dict(self._connection.execute("SELECT name, json FROM placement").fetchall())
         try:
             plan = plan_from_proto(types_pb2.Plan.FromString(row[0]))
             states = {replica_id: ReplicaState(state) for replica_id, state, _ in rows}
@@ -129,7 +131,13 @@ class FleetStore:
                 f"state_file: {self.path} holds a plan that cannot be used ({error}): move it away; workers register "
                 f"again"
             ) from error
-        return Snapshot(plan, states, {replica_id: role_epoch for replica_id, _, role_epoch in rows})
+        return Snapshot(
+            plan,
+            states,
+            {replica_id: role_epoch for replica_id, _, role_epoch in rows},
+            placements.get("applied", ""),
+            placements.get("configured", ""),
+        )
 
     def _save(self, snapshot: Snapshot) -> None:
         connection, plan = self._connection, snapshot.plan
@@ -145,6 +153,10 @@ class FleetStore:
                 connection.execute(
                     "DELETE FROM plan WHERE epoch <= (SELECT epoch FROM plan ORDER BY epoch DESC LIMIT 1 OFFSET ?)",
                     (KEPT_PLANS,),
+                )
+                connection.executemany(
+                    "INSERT OR REPLACE INTO placement VALUES (?, ?)",
+                    [("applied", snapshot.applied), ("configured", snapshot.configured)],
                 )
                 connection.execute("DELETE FROM replica")
                 connection.executemany("INSERT INTO replica VALUES (?, ?, ?)", rows)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hexgen2.config_file import load
+from hexgen2.errors import InvalidRequest
 
 ReplicaRole = Literal["prefill", "decode", "colocated"]
 
@@ -127,6 +128,20 @@ class Placement(Part):
 def to_yaml(placement: Placement) -> str:
     """The text of a plan.yaml. The same placement gives the same bytes."""
     return yaml.safe_dump(placement.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def to_json(placement: Placement) -> str:
+    """The same on one line, as it goes to the coordinator and into its file."""
+    return placement.model_dump_json()
+
+
+def from_json(text: str, field: str = "plan_json") -> Placement:
+    """The inverse of ``to_json``. Raises InvalidRequest naming the first bad field."""
+    try:
+        return Placement.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(".".join(map(str, (field, *first["loc"]))), first["msg"]) from None
 
 
 def load_placement(path: Path) -> Placement:

@@ -54,6 +54,17 @@ async def get_plan(address: str, timeout_s: float, access: Access = ANONYMOUS) -
             raise _explain(error, address) from error
 
 
+async def apply_plan(address: str, plan_json: str, timeout_s: float, access: Access = ANONYMOUS) -> int:
+    """Give the coordinator another plan; its epoch. Raises HexgenError."""
+    async with channel(address, access.tls) as peer:
+        stub: coordinator_pb2_grpc.CoordinatorAsyncStub = coordinator_pb2_grpc.CoordinatorStub(peer)
+        try:
+            answer = await stub.ApplyPlan(coordinator_pb2.ApplyPlanRequest(plan_json=plan_json), timeout=timeout_s)
+            return answer.plan_epoch
+        except grpc.aio.AioRpcError as error:
+            raise _explain(error, address) from error
+
+
 def _explain(error: grpc.aio.AioRpcError, address: str) -> HexgenError:
     details = error.details() or ""
     if error.code() == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():

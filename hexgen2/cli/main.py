@@ -16,7 +16,7 @@ from hexgen2 import trace_tree, traces
 from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
 from hexgen2.cli.certs import certs_command
-from hexgen2.cli.client import Access
+from hexgen2.cli.client import Access, apply_plan
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
 from hexgen2.cli.keys import keys_command
@@ -26,6 +26,7 @@ from hexgen2.cli.prepare import prepare
 from hexgen2.cli.status import show_status
 from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
 from hexgen2.errors import HexgenError
+from hexgen2.placement import load_placement, to_json
 from hexgen2.tls import TlsFiles
 from hexgen2.v1 import gateway_pb2
 
@@ -159,6 +160,19 @@ def make_request(
 def status(coordinator: str, timeout: float, tls: Path | None, as_json: bool) -> None:
     """Show the plan and what every replica does."""
     asyncio.run(show_status(coordinator, timeout, access(tls), up_command.make_console(), as_json=as_json))
+
+
+@main.command()
+@click.argument("plan", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--coordinator", default="127.0.0.1:50052", show_default=True, help="The coordinator's host:port.")
+@timeout(10.0)
+@tls
+@as_json
+def apply(plan: Path, coordinator: str, timeout: float, tls: Path | None, as_json: bool) -> None:
+    """Give a running fleet another PLAN for the replicas it has: roles and routes change, nothing is loaded anew."""
+    text = to_json(load_placement(plan))
+    epoch = asyncio.run(apply_plan(coordinator, text, timeout, access(tls)))
+    click.echo(json.dumps({"plan_epoch": epoch}) if as_json else f"plan epoch {epoch} is in force")
 
 
 @main.command()

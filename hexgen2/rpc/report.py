@@ -86,7 +86,8 @@ class Reporter:
                     unix_time_s=time.time(),
                 )
                 try:
-                    response = await stub.Report(request, timeout=REPORT_TIMEOUT_S)
+                    # The last one waits for a coordinator that is just coming back.
+                    response = await stub.Report(request, timeout=REPORT_TIMEOUT_S, wait_for_ready=last)
                     self._note(None, response.plan_epoch)
                     self._take_role(response)
                 except grpc.aio.AioRpcError as error:

@@ -54,6 +54,11 @@ class CoordinatorStub:
                 request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.GetPlanRequest.SerializeToString,
                 response_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.GetPlanResponse.FromString,
                 _registered_method=True)
+        self.ApplyPlan = channel.unary_unary(
+                '/hexgen2.v1.Coordinator/ApplyPlan',
+                request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanRequest.SerializeToString,
+                response_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer:
@@ -86,6 +91,13 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ApplyPlan(self, request, context):
+        """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +120,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.GetPlan,
                     request_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.GetPlanRequest.FromString,
                     response_serializer=hexgen2_dot_v1_dot_coordinator__pb2.GetPlanResponse.SerializeToString,
+            ),
+            'ApplyPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyPlan,
+                    request_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanRequest.FromString,
+                    response_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +235,33 @@ class Coordinator:
             '/hexgen2.v1.Coordinator/GetPlan',
             hexgen2_dot_v1_dot_coordinator__pb2.GetPlanRequest.SerializeToString,
             hexgen2_dot_v1_dot_coordinator__pb2.GetPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hexgen2.v1.Coordinator/ApplyPlan',
+            hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanRequest.SerializeToString,
+            hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

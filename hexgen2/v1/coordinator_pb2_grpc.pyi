@@ -38,6 +38,8 @@ class CoordinatorStub:
     WatchPlan: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchPlanRequest, _coordinator_pb2.WatchPlanResponse]
     """The plan now, and again at every change of plan or of a replica's state."""
     GetPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]
+    ApplyPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ApplyPlanRequest, _coordinator_pb2.ApplyPlanResponse]
+    """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are."""
 
 @_typing.type_check_only
 class CoordinatorAsyncStub(CoordinatorStub):
@@ -49,6 +51,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     WatchPlan: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchPlanRequest, _coordinator_pb2.WatchPlanResponse]  # type: ignore[assignment]
     """The plan now, and again at every change of plan or of a replica's state."""
     GetPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]  # type: ignore[assignment]
+    ApplyPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ApplyPlanRequest, _coordinator_pb2.ApplyPlanResponse]  # type: ignore[assignment]
+    """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are."""
 
 class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -81,5 +85,13 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.GetPlanResponse, _abc.Awaitable[_coordinator_pb2.GetPlanResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ApplyPlan(
+        self,
+        request: _coordinator_pb2.ApplyPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.ApplyPlanResponse, _abc.Awaitable[_coordinator_pb2.ApplyPlanResponse]]:
+        """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -173,7 +173,7 @@ async def run_worker(
         # Whoever routes hears that nothing is lost; a coordinator that is away finds out by itself.
         reporter.reason = failed or "it was stopped"
         reporter.state = ReplicaState.STOPPED
-        await asyncio.wait((reporting,), timeout=REPORT_TIMEOUT_S)
+        await asyncio.wait((reporting,), timeout=2 * REPORT_TIMEOUT_S)
     log.info("stopped")
     if failed:
         raise EngineFailed(failed)

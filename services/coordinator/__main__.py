@@ -15,7 +15,7 @@ from hexgen2.cli.options import run_service
 from hexgen2.config import CoordinatorConfig, home
 from hexgen2.fleet_state import Change, FleetState
 from hexgen2.fleet_store import FleetStore
-from hexgen2.placement import load_placement
+from hexgen2.placement import from_json, load_placement, to_json
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.tls import load_tls
 from hexgen2.v1 import coordinator_pb2_grpc
@@ -33,26 +33,29 @@ async def serve(config: CoordinatorConfig) -> None:
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.setup("coordinator"))
         metrics_address = stack.enter_context(metrics.metrics_served(config.metrics_listen))
-        assignment = assignment_of(load_placement(config.plan)) if config.plan else None
+        configured = to_json(load_placement(config.plan)) if config.plan else ""
+        # Before the file: who starts a second one should hear of the port, not of the file's lock.
+        check_free(config.listen)
+        save, snapshot = not_kept, None
+        if (path := state_file(config)) is not None:
+            store = await stack.enter_async_context(FleetStore(path))
+            save, snapshot = store.save, await store.load()
+        # A plan that was applied stays in force until another is configured.
+        applied = snapshot.applied if snapshot is not None and snapshot.configured == configured else ""
+        in_force = applied or configured
         # Milliseconds: where the file of the coordinator before is gone, epochs are above its.
         state = FleetState(
             time.time_ns() // 1_000_000,
             config.lost_after_s,
-            assignment=assignment,
+            assignment=assignment_of(from_json(in_force)) if in_force else None,
             version=hexgen2.__version__,
             codec=config.codec,
         )
-        # Before the file: who starts a second one should hear of the port, not of the file's lock.
-        check_free(config.listen)
-        save = not_kept
-        if (path := state_file(config)) is not None:
-            store = await stack.enter_async_context(FleetStore(path))
-            save = store.save
-            snapshot = await store.load()
-            if snapshot is not None and state.restore(snapshot, time.monotonic()) is Change.MEMBERS:
-                state.replan()
-            await save(state.snapshot)
-            log.info("state", file=str(path), restored=snapshot is not None, replicas=len(state.plan.replicas))
+        state.applied, state.configured = applied, configured
+        if snapshot is not None and state.restore(snapshot, time.monotonic()) is Change.MEMBERS:
+            state.replan()
+        await save(state.snapshot)
+        log.info("state", file=str(path or ""), restored=snapshot is not None, replicas=len(state.plan.replicas))
         service = CoordinatorService(state, time.monotonic, save=save, max_clock_skew_s=config.max_clock_skew_s)
         server = GrpcServer(config.listen, untraced=UNTRACED, tls=load_tls(config.tls))
         server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)

@@ -8,9 +8,11 @@ from typing import Any
 import structlog
 from opentelemetry import trace
 
+from hexgen2.assignment import assignment_of
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch, Unavailable
 from hexgen2.fleet_state import Change, FleetState, Snapshot
 from hexgen2.gateway_loads import GatewayLoads
+from hexgen2.placement import from_json, to_json
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.client import traceparent
@@ -100,6 +102,15 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.GetPlanResponse(
             plan=convert.plan_to_proto(self._plan), statuses=self._statuses(), gateways=self._loads()
         )
+
+    async def ApplyPlan(self, request: pb.ApplyPlanRequest, context: Any) -> pb.ApplyPlanResponse:
+        """Another plan for the replicas that are there."""
+        placement = from_json(request.plan_json)
+        self._state.assign(assignment_of(placement))
+        self._state.applied = to_json(placement)
+        log.info("plan_applied", replicas=len(placement.replicas), throughput_rps=placement.throughput_rps)
+        await self._follow(Change.MEMBERS)
+        return pb.ApplyPlanResponse(plan_epoch=self._plan.epoch)
 
     async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.WatchPlanResponse]:
         """The plan now, at once when it or a state changes, and at most once a second when loads do."""

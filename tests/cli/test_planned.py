@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from hexgen2.cli.client import Access, generate, get_plan
+from hexgen2.cli.client import Access, apply_plan, generate, get_plan
 from hexgen2.cli.cpu_quota import V1, quota
 from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig
@@ -20,7 +20,8 @@ from hexgen2.cli.main import make_request
 from hexgen2.cli.members import Addresses, members
 from hexgen2.cli.status import show_status
 from hexgen2.config import CoordinatorConfig, WorkerConfig
-from hexgen2.errors import ConfigError, Unavailable
+from hexgen2.errors import ConfigError, HexgenError, Unavailable
+from hexgen2.placement import to_json
 from hexgen2.plan import Role, Route
 from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto
 from tests.eventually import eventually_async
@@ -121,6 +122,34 @@ async def test_a_planned_fleet_routes_by_its_flow_over_two_gateways_and_says_how
         assert "1 of 2/s" in told
         assert "0.5 s" in told
         assert "c alone" in told
+
+        # Another plan: p and d change over, nothing is started anew, and what is asked meanwhile is answered.
+        pids = {process.name: process.pid for process in fleet.processes}
+        swapped = placement(
+            planned_replica("d", "prefill"),
+            planned_replica("p", "decode"),
+            planned_replica("c", "colocated", flow=0.0),
+            routes=(("d", "p", 1.0),),
+        )
+
+        async def ask() -> tuple[str, str]:
+            request = make_request("hello " * 40, max_tokens=40, ignore_eos=True)
+            async for response in generate(fleet.grpc_address, request, DEADLINE_S):
+                last = response
+            assert last.usage.completion_tokens == 40
+            return last.timing.prefill_replica_id, last.timing.decode_replica_id
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask()) for _ in range(6)]
+            epoch = await apply_plan(fleet.coordinator_address, to_json(swapped), DEADLINE_S)
+            asked += [tasks.create_task(ask()) for _ in range(6)]
+        assert {task.result() for task in asked} <= {("p", "d"), ("", "c"), ("d", "p")}
+        assert await ask() == ("d", "p")
+        plan = await fleet.plan()
+        assert (plan.epoch, plan.replica("p").role, plan.replica("d").role) == (epoch, Role.DECODE, Role.PREFILL)
+        assert {process.name: process.pid for process in fleet.processes} == pids
+        with pytest.raises(HexgenError, match="the plan has x, and this fleet c, d, p: start"):
+            await apply_plan(fleet.coordinator_address, to_json(placement(planned_replica("x", "decode"))), DEADLINE_S)
 
         # The plan, its epoch and its routes outlive the coordinator.
         fleet["coordinator"].send(signal.SIGKILL)

@@ -27,6 +27,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
     async def ReportGateway(self, request: Any, context: Any) -> coordinator_pb2.ReportGatewayResponse:
         return coordinator_pb2.ReportGatewayResponse()
 
+    async def ApplyPlan(self, request: Any, context: Any) -> coordinator_pb2.ApplyPlanResponse:
+        return coordinator_pb2.ApplyPlanResponse()
+
     async def GetPlan(self, request: Any, context: Any) -> coordinator_pb2.GetPlanResponse:
         return await self.unary(context)
 
