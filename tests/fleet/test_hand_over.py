@@ -16,9 +16,9 @@ from tests.fleet.harness import Running, metric, running
 from tests.models import make_tiny_llama
 from tests.worker.pair import expected_tokens
 
-#: A prompt of this length is read in two seconds, and its KV is half of the send buffer.
+#: A prompt of this length is read in four seconds, and its KV is most of the send buffer.
 NUM_TOKENS = 1024
-ENGINE = EmulatedEngineConfig(prefill_tokens_per_s=512.0, max_num_batched_tokens=64, vocab_size=259)
+ENGINE = EmulatedEngineConfig(prefill_tokens_per_s=256.0, max_num_batched_tokens=64, vocab_size=259)
 PROMPT = [3 + i % 250 for i in range(NUM_TOKENS)]
 SAMPLING = Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -99,7 +99,9 @@ async def test_a_full_send_buffer_a_decode_killed_on_the_way_and_what_is_told_of
 async def test_a_replica_that_is_stopped_is_found_and_the_request_goes_on(tmp_path: Path, side: str) -> None:
     """By keepalive, within a minute; the client's own deadline is two."""
     right = expected_tokens(ENGINE, PROMPT, 4)
-    async with running(config(tmp_path, prefill=2, decode=2)) as fleet:
+    # Long enough that it is stopped on the way however busy the machine is.
+    slow = ENGINE.model_copy(update={"prefill_tokens_per_s": 64.0}).model_dump()
+    async with running(config(tmp_path, prefill=2, decode=2, engine=slow)) as fleet:
         asked = asyncio.create_task(fleet.ask(PROMPT, SAMPLING))
         stopped = await fetching(fleet)
         if side == "prefill":
