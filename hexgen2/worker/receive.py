@@ -106,17 +106,7 @@ class Receiver:
                 }
             )
             for rank, (event, end_ns) in sorted(self._fetched.items()):
-                # Reading and verifying overlap: the span lasts as long as both, the attribute says verifying alone.
-                verify = tracer.start_span("kv.verify", start_time=self._opened_ns)
-                verify.set_attributes(
-                    {
-                        "hexgen2.kv.rank": rank,
-                        "hexgen2.kv.bytes": event.num_bytes,
-                        "hexgen2.kv.chunks": event.num_pieces,
-                        "hexgen2.kv.verify_s": event.verify_s,
-                    }
-                )
-                verify.end(end_ns)
+                self._tell(rank, event, end_ns)
         return transfer.first
 
     async def confirm_loaded(self, load_ns: int) -> None:
@@ -208,6 +198,31 @@ class Receiver:
             case _:
                 return
         self._changes.notify()
+
+    def _tell(self, rank: int, event: Fetched, end_ns: int) -> None:
+        """Spans of what a rank did: each route's stream, and verifying, which overlaps with them."""
+        for share in event.routes:
+            seconds = max(share.ended_ns - share.began_ns, 1) / 1e9
+            route = tracer.start_span("kv.route", start_time=share.began_ns)
+            route.set_attributes(
+                {
+                    "hexgen2.kv.rank": rank,
+                    "hexgen2.kv.route": share.name,
+                    "hexgen2.kv.bytes": share.num_bytes,
+                    "hexgen2.kv.bandwidth": share.num_bytes / seconds,
+                }
+            )
+            route.end(share.ended_ns)
+        verify = tracer.start_span("kv.verify", start_time=self._opened_ns)
+        verify.set_attributes(
+            {
+                "hexgen2.kv.rank": rank,
+                "hexgen2.kv.bytes": event.num_bytes,
+                "hexgen2.kv.chunks": event.num_pieces,
+                "hexgen2.kv.verify_s": event.verify_s,
+            }
+        )
+        verify.end(end_ns)
 
     def _check(self) -> None:
         if self.transfer.error is not None:

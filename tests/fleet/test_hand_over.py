@@ -85,12 +85,22 @@ async def test_a_full_send_buffer_a_decode_killed_on_the_way_and_what_is_told_of
 
         async def told() -> bool:
             names = {span.name for span in find(answer.last.timing.trace_id).spans}
-            return {"prefill.queue", "prefill.engine", "kv.fetch", "decode.queue", "kv.verify", "kv.load"} <= names
+            return {
+                "prefill.queue",
+                "prefill.engine",
+                "kv.fetch",
+                "decode.queue",
+                "kv.route",
+                "kv.verify",
+                "kv.load",
+            } <= names
 
         await eventually_async(told)
         spans = {span.name: span for span in find(answer.last.timing.trace_id).spans}
         assert spans["kv.verify"].parent_id == spans["kv.fetch"].span_id
         assert spans["kv.verify"].attributes["hexgen2.kv.bytes"] == moved
+        assert spans["kv.route"].parent_id == spans["kv.fetch"].span_id
+        assert spans["kv.route"].attributes["hexgen2.kv.bytes"] == moved
         assert spans["kv.load"].start_ns >= spans["kv.fetch"].start_ns
 
 

@@ -87,7 +87,7 @@ class StagingMachine(RuleBasedStateMachine):
     @rule(index=INDEX, count=st.integers(1, 6))
     def produce_and_announce(self, index: int, count: int) -> None:
         transfer = self._pick(index)
-        new = []
+        new: list[Piece] = []
         while transfer.waiting and transfer.sending and len(new) < count:
             layer, chunk = transfer.waiting.pop(0)
             start, stop = chunk_span(chunk, transfer.num_tokens)
