@@ -54,6 +54,14 @@ NUM_REQUESTS_WAITING = Gauge("hexgen2:num_requests_waiting", "Requests that wait
 
 KV_TRANSFERS = Counter("hexgen2:kv_transfers", "KV hand-offs by how they ended.", ["state"])
 KV_BYTES = Counter("hexgen2:kv_bytes", "KV bytes handed over.", ["transport", "codec", "direction"])
+KV_ROUTE_BYTES = Counter(
+    "hexgen2:kv_route_bytes",
+    "KV bytes received, by the transport and address (or device) of ours they came over.",
+    ["route"],
+)
+KV_ROUTE_BYTES_PER_SECOND = Gauge(
+    "hexgen2:kv_route_bytes_per_second", "Of the last hand-off, by route; waiting for prefill included.", ["route"]
+)
 KV_TRANSFER_SECONDS = Histogram(
     "hexgen2:kv_transfer_seconds", "From FetchKv's first message to the last verified byte.", buckets=_TTFT_BUCKETS
 )

@@ -43,6 +43,8 @@ def test_metrics_are_served_where_the_server_says(server: metrics.MetricsServer)
         "hexgen2:num_requests_waiting",
         "hexgen2:kv_transfers",
         "hexgen2:kv_bytes",
+        "hexgen2:kv_route_bytes",
+        "hexgen2:kv_route_bytes_per_second",
         "hexgen2:kv_transfer_seconds",
         "hexgen2:kv_quarantine_bytes",
         "hexgen2:recomputed_tokens",

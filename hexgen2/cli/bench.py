@@ -1,4 +1,4 @@
-"""``hexgen2 bench``: how fast the scheduler is, and how good its plans are."""
+"""``hexgen2 bench``: how fast the scheduler is, how good its plans are; how fast KV is handed over."""
 
 import json
 from typing import Any
@@ -7,6 +7,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from hexgen2.cli.lazy import LazyCommand
 from hexgen2.scheduler import quality, speed
 from hexgen2.scheduler.schedule import EVALUATIONS
 from hexgen2.scheduler.search import STRATEGIES
@@ -16,7 +17,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the rows a
 
 @click.group("bench")
 def bench() -> None:
-    """Measure the scheduler on this machine."""
+    """Measure the scheduler and the KV hand-over on this machine."""
 
 
 @bench.command("scheduler")
@@ -65,3 +66,8 @@ def bench_quality(instances: int, as_json: bool) -> None:
     for name, value in told.items():
         table.add_row(name, f"{value:.4g}")
     Console().print(table)
+
+
+bench.add_command(
+    LazyCommand("kv", "hexgen2.cli.bench_kv", "bench_kv", "KV hand-overs between processes, beside the bare transport.")
+)

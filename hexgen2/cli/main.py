@@ -197,7 +197,7 @@ main.add_command(
 for name, attribute, told in (
     ("plan", "plan_command", "Plan which GPUs of a cluster prefill and which decode, and how."),
     ("simulate", "simulate_command", "Simulate a plan under a trace or a workload, request by request."),
-    ("bench", "bench", "Measure the scheduler on this machine."),
+    ("bench", "bench", "Measure the scheduler and the KV hand-over on this machine."),
     ("doctor", "doctor_command", "Say what is missing on this machine, or in a fleet, and what to do about it."),
     ("deploy", "deploy", "Write files that start a fleet in containers or on many machines."),
     ("fit", "fit_command", "Fit the cost model to measured times, and show how far off it is."),

@@ -18,9 +18,9 @@ from hexgen2.kv.route import Route, is_tail, room_bytes
 from hexgen2.kv.transport import Span, Transport, TransportError
 
 #: Reads are posted in bundles of at most so many pieces and about so many bytes: few enough to overlap reading with
-#: verifying and to be in the cache when they are verified, enough to pay for a read.
+#: verifying, enough to pay for a read (UCX: 0.1 ms and more for each).
 MAX_PIECES_PER_READ = 32
-MAX_READ_BYTES = 1 << 20
+MAX_READ_BYTES = 1 << 21
 #: While reads are open or wait, ``pump`` must be called at least so often.
 CHECK_S = 0.25
 # Peers that have nothing to do are forgotten beyond this many, oldest first: restarted ones leave endpoints behind.

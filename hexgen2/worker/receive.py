@@ -200,7 +200,7 @@ class Receiver:
         self._changes.notify()
 
     def _tell(self, rank: int, event: Fetched, end_ns: int) -> None:
-        """Spans of what a rank did: each route's stream, and verifying, which overlaps with them."""
+        """Spans and figures of what a rank did: each route's stream, and verifying, which overlaps with them."""
         for share in event.routes:
             seconds = max(share.ended_ns - share.began_ns, 1) / 1e9
             route = tracer.start_span("kv.route", start_time=share.began_ns)
@@ -213,6 +213,8 @@ class Receiver:
                 }
             )
             route.end(share.ended_ns)
+            metrics.KV_ROUTE_BYTES.labels(share.name).inc(share.num_bytes)
+            metrics.KV_ROUTE_BYTES_PER_SECOND.labels(share.name).set(share.num_bytes / seconds)
         verify = tracer.start_span("kv.verify", start_time=self._opened_ns)
         verify.set_attributes(
             {

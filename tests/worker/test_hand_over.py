@@ -5,6 +5,7 @@ from random import Random
 
 import grpc
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hexgen2.config import KvConfig
 from hexgen2.engine.base import Sampling
@@ -378,3 +379,23 @@ async def test_a_second_call_for_the_same_transfer_does_not_take_the_first_ones_
         prefill.cancel()
         assert tokens == expected_tokens(CONFIG, prompt, 5)
         await fleet.settled()
+
+
+async def test_two_addresses_are_two_routes_and_each_has_its_span(spans: InMemorySpanExporter) -> None:
+    kv = KvConfig(
+        transport="tcp", host="127.0.0.1,127.0.0.2", send_bytes=1 << 20, staging_bytes=1 << 20, landing_bytes=1 << 18
+    )
+    prompt = prompt_of(1000)
+    async with pair(prefill_kv=kv, decode_kv=kv) as fleet:
+        handed = await fleet.generate(prompt, Sampling(max_tokens=4))
+        assert handed.tokens == expected_tokens(CONFIG, prompt, 4)
+        await fleet.settled()
+    ended = spans.get_finished_spans()
+    fetch = next(span for span in ended if span.name == "kv.fetch")
+    routes = [span for span in ended if span.name == "kv.route"]
+    assert {(span.attributes or {})["hexgen2.kv.route"] for span in routes} == {"tcp/127.0.0.1", "tcp/127.0.0.2"}
+    assert fetch.context is not None
+    assert fetch.attributes is not None
+    assert all(span.parent is not None and span.parent.span_id == fetch.context.span_id for span in routes)
+    carried = [(span.attributes or {})["hexgen2.kv.bytes"] for span in routes]
+    assert sum(n for n in carried if isinstance(n, int)) == fetch.attributes["hexgen2.kv.bytes"]

@@ -1,0 +1,235 @@
+"""The receiving process of ``hexgen2 bench kv``: a real KV agent that reads from the sending process's."""
+
+import asyncio
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from time import monotonic
+
+import msgspec
+import torch
+
+from hexgen2.bench import kv_stages
+from hexgen2.bench.kv_talk import SHAPE, SLICE, TOKEN, Drop, FromSender, HasPut, Hold, Put, Raw, Setup, Up, line
+from hexgen2.errors import Unavailable
+from hexgen2.kv.agent import KvAgent
+from hexgen2.kv.choose import make_transports
+from hexgen2.kv.messages import Failed, Fetched, Piece, Ready, Source
+from hexgen2.kv.ranks import Event, Ranks
+from hexgen2.kv.ucx import UcxTransport
+from hexgen2.kv.wire import PageLayout, num_chunks
+
+DEADLINE_S = 120.0
+_LANDING_BYTES = 64 << 20
+_LINE_BYTES = 16 << 20
+
+
+@dataclass(slots=True)
+class Rig:
+    """See the module."""
+
+    setup: Setup
+    hub: Ranks
+    up: Up
+    process: asyncio.subprocess.Process
+    peer_host: str
+    landing: torch.Tensor
+    #: What carried the last hand-over.
+    detail: str = ""
+    _numbers: "count[int]" = field(default_factory=count)
+    _raw: "socket.socket | UcxTransport | None" = None
+    _num_expected: int = 0
+    _put_at_s: float = 0.0
+
+    async def hand_over(self, num_tokens: int, stage: str, codec: str) -> float:
+        """Seconds from the word to begin until every piece is here.
+
+        ``protocol``: pieces are in the send buffer before and stay where they land. ``gather``: gathered at one end,
+        copied to staging at the other. ``digest``: and digested at both, which is what always happens.
+        """
+        transfer_id = await self._begin(num_tokens, codec, digest=stage == "digest")
+        kv_stages.unpack(stage != "protocol")
+        done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        pieces: tuple[Piece, ...] = ()
+        if stage == "protocol":
+            self._write(line(Put(transfer_id)))
+            async for more in self._pieces():
+                pieces += more
+        await self._open(transfer_id, num_tokens, codec, done)
+        began = monotonic()
+        if stage == "protocol":
+            self.hub.fetch(transfer_id, pieces)
+        else:
+            self._write(line(Put(transfer_id)))
+            async for more in self._pieces():
+                self.hub.fetch(transfer_id, more)
+        seconds = await asyncio.wait_for(done, DEADLINE_S) - began
+        await self._end(transfer_id)
+        return seconds
+
+    async def exposed(self, num_tokens: int, codec: str, prefill_s: float) -> float:
+        """Seconds from the end of a prefill of ``prefill_s`` until its KV, sent as it became ready, is verified."""
+        transfer_id = await self._begin(num_tokens, codec, digest=True)
+        kv_stages.unpack(True)
+        done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        await self._open(transfer_id, num_tokens, codec, done)
+        self._write(line(Put(transfer_id, prefill_s)))
+        async for more in self._pieces():
+            self.hub.fetch(transfer_id, more)
+        seconds = await asyncio.wait_for(done, DEADLINE_S) - self._put_at_s
+        await self._end(transfer_id)
+        return seconds
+
+    async def raw(self, num_bytes: int) -> float:
+        """Seconds that the bare transport takes for as many bytes: a blocking socket, or one NIXL READ."""
+        self._write(line(Raw(True)))
+        await self._next()
+        read = self._raw_nixl if self.setup.transport == "ucx" else self._raw_socket
+        seconds = await asyncio.to_thread(read, num_bytes)
+        self._write(line(Raw(False)))
+        await self._next()
+        return seconds
+
+    def close(self) -> None:
+        """Let the bare transport go."""
+        if self._raw is not None:
+            self._raw.close()
+
+    def _raw_socket(self, num_bytes: int) -> float:
+        """A blocking socket, read straight into place."""
+        if not isinstance(self._raw, socket.socket):
+            self._raw = socket.create_connection((self.peer_host, self.up.raw_port), DEADLINE_S)
+        began = monotonic()
+        self._raw.sendall(num_bytes.to_bytes(8, "little"))
+        view = self.landing.numpy().data[:num_bytes]
+        while view:
+            got = self._raw.recv_into(view)
+            if not got:
+                raise Unavailable("the sending process ended")
+            view = view[got:]
+        return monotonic() - began
+
+    def _raw_nixl(self, num_bytes: int) -> float:
+        """One NIXL READ, looked at without a pause."""
+        if not isinstance(self._raw, UcxTransport):
+            self._raw = UcxTransport(self.setup.hosts.split(",")[0])
+            self._raw.register(None, self.landing)
+        agent, peer = self._raw._agent, self._raw._peer(self.up.raw_endpoint)
+        began = monotonic()
+        transfer = agent.initialize_xfer(
+            "READ",
+            agent.get_xfer_descs([(self.landing.data_ptr(), num_bytes, 0)], "DRAM"),
+            agent.get_xfer_descs([(peer.endpoint.base, num_bytes, 0)], "DRAM"),
+            peer.name,
+            backends=["UCX"],
+        )
+        state = agent.transfer(transfer)
+        while state == "PROC":
+            state = agent.check_xfer_state(transfer)
+        seconds = monotonic() - began
+        transfer.release()
+        if state != "DONE":
+            raise Unavailable(f"NIXL says {state}")
+        return seconds
+
+    async def _begin(self, num_tokens: int, codec: str, *, digest: bool) -> str:
+        kv_stages.use_digests(digest)
+        transfer_id = f"t{next(self._numbers)}"
+        self._num_expected = num_chunks(num_tokens) * SHAPE.num_layers
+        self._write(line(Hold(transfer_id, num_tokens, codec, digest)))
+        await self._next()
+        return transfer_id
+
+    async def _open(self, transfer_id: str, num_tokens: int, codec: str, done: "asyncio.Future[float]") -> None:
+        def hear(_rank: int, event: Event) -> None:
+            if isinstance(event, Fetched) and not done.done():
+                self.detail = event.transport_detail
+                done.set_result(monotonic())
+            elif isinstance(event, Failed) and not done.done():
+                done.set_exception(Unavailable(f"{event.reason}: {event.detail}"))
+
+        pages = tuple(range(num_chunks(num_tokens)))
+        source = Source(SLICE, self.up.endpoints, tuple(page * self.up.page_bytes for page in pages))
+        await self.hub.open_recv(transfer_id, TOKEN, num_tokens, codec, SHAPE.dtype, pages, (source,), hear)
+
+    async def _pieces(self) -> AsyncIterator[tuple[Piece, ...]]:
+        """Until all have been put and announced."""
+        put, num_pieces = False, 0
+        while not put or num_pieces < self._num_expected:
+            message = await self._next()
+            if isinstance(message, HasPut):
+                put, self._put_at_s = True, message.at_s
+            elif isinstance(message, Ready):
+                num_pieces += len(message.pieces)
+                yield message.pieces
+
+    async def _end(self, transfer_id: str) -> None:
+        await self.hub.close(transfer_id)
+        self._write(line(Drop(transfer_id)))
+
+    def _write(self, text: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text)
+
+    async def _next(self) -> FromSender:
+        assert self.process.stdout is not None
+        text = await asyncio.wait_for(self.process.stdout.readline(), DEADLINE_S)
+        if not text:
+            raise Unavailable("the sending process ended")
+        message: FromSender = msgspec.json.decode(text, type=FromSender)
+        return message
+
+
+@asynccontextmanager
+async def rig(ours: Setup, theirs: Setup, command: Sequence[str] = ()) -> AsyncIterator[Rig]:
+    """Both processes, ready. ``command`` goes before the sender's own, to run it elsewhere."""
+    layout = PageLayout(SHAPE, SLICE)
+    num_bytes = num_chunks(ours.max_tokens) * layout.page_bytes
+    process = await asyncio.create_subprocess_exec(
+        *(*command, sys.executable, "-m", "hexgen2.bench.kv_sender", msgspec.json.encode(theirs).decode()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=_LINE_BYTES,
+    )
+    try:
+        assert process.stdout is not None
+        first = await asyncio.wait_for(process.stdout.readline(), DEADLINE_S)
+        if not first:
+            raise Unavailable("the sending process did not start")
+        up = msgspec.json.decode(first, type=Up)
+        with tempfile.TemporaryDirectory(prefix="hexgen2-") as folder:
+            hub = Ranks(Path(folder) / "s", 1)
+            await hub.start()
+            agent = await asyncio.to_thread(
+                KvAgent,
+                hub.socket_path,
+                SLICE,
+                SHAPE,
+                make_transports(ours.transport, ours.hosts, ours.devices),
+                device=torch.device("cpu"),
+                send_bytes=0,
+                staging_bytes=num_bytes,
+                landing_bytes=_LANDING_BYTES,
+                stall_s=10.0,
+            )
+            try:
+                await hub.wait_complete(DEADLINE_S)
+                made = Rig(
+                    ours, hub, up, process, theirs.hosts.split(",")[0], torch.zeros(num_bytes, dtype=torch.uint8)
+                )
+                try:
+                    yield made
+                finally:
+                    made.close()
+            finally:
+                await hub.stop()
+                await asyncio.to_thread(agent.close)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
