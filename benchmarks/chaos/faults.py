@@ -14,6 +14,8 @@ from benchmarks.chaos.house import House, Member
 from benchmarks.chaos.watch import OPEN, labelled, scrape
 from hexgen2.netns import Link
 
+#: Between two faults of a lane.
+PAUSE_S = (0.2, 3.0)
 #: A process that starts again serves within this, also on a busy machine.
 RESTART_S = 90.0
 #: gRPC finds a stopped peer within 30 s; the fleet's own limit for a lost worker is 5 s.
@@ -163,7 +165,7 @@ class Striker:
                 self.num_dealt += 1
                 await self._strike(card, member, client)
             try:
-                async with asyncio.timeout(self.random.uniform(0.2, 1.5)):
+                async with asyncio.timeout(self.random.uniform(*PAUSE_S)):
                     await self._resting.wait()
             except TimeoutError:
                 pass

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.chaos.run import Seen
@@ -55,7 +56,7 @@ def show(result: Result, console: Console) -> None:
     if verdict.told:
         table = Table("what clients were told", "times", title="the commonest errors")
         for told, num in list(verdict.told.items())[:MAX_TOLD]:
-            table.add_row(told, str(num))
+            table.add_row(escape(told), str(num))
         console.print(table)
     if seen.meddling:
         table = Table("sent to workers: what came of it", "times", title="stale, repeated, forged, garbage")
@@ -121,5 +122,5 @@ def _violations(result: Result, console: Console) -> None:
         by_kind[each.what] = by_kind.get(each.what, 0) + 1
         if by_kind[each.what] <= SHOWN:
             trace = f" (trace {each.trace_id})" if each.trace_id else ""
-            console.print(f"[red]{each.what}[/]: {each.detail}{trace}", highlight=False)
+            console.print(f"[red]{each.what}[/]: {escape(each.detail)}{trace}", highlight=False)
     console.print(f"violations: {by_kind}; logs and traces are in {result.folder}", highlight=False)

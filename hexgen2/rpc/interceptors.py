@@ -193,7 +193,11 @@ async def _end(error: BaseException, span: Span, context: _Context) -> NoReturn:
     span.set_attribute("rpc.grpc.status_code", code.value[0])
     span.set_attribute("error.type", type(error).__name__)
     span.set_status(Status(StatusCode.ERROR, message))
-    await context.abort(code, message, trailing)
+    try:
+        await context.abort(code, message, trailing)
+    except grpc.aio.InternalError as gone:
+        # The caller left while the error was on its way to it.
+        raise asyncio.CancelledError from gone
 
 
 def _single(error: BaseException) -> BaseException:

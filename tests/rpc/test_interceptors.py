@@ -74,11 +74,17 @@ class BrokenConnection:
     async def write(self, response: Any) -> None:
         raise grpc.aio.InternalError('Failed "execute_batch"')
 
+    async def abort(self, code: grpc.StatusCode, details: str, trailing: Any) -> None:
+        raise grpc.aio.InternalError('Failed "execute_batch"')
 
-async def test_a_connection_that_breaks_within_a_message_is_a_cancellation(
-    spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_connection_that_breaks_within_a_message_or_an_error_is_a_cancellation(
+    spans: InMemorySpanExporter, caplog: pytest.LogCaptureFixture, fails: bool
 ) -> None:
     async def stream(request: Any, context: Any) -> AsyncIterator[coordinator_pb2.WatchPlanResponse]:
+        if fails:
+            raise ModelNotFound("no model 'x' here")
         yield coordinator_pb2.WatchPlanResponse()
 
     async def continuation(details: Any) -> Any:
@@ -90,8 +96,8 @@ async def test_a_connection_that_breaks_within_a_message_is_a_cancellation(
         await handler.unary_stream(WATCH, BrokenConnection())
     (span,) = server_spans(spans)
     assert span.attributes is not None
-    assert span.attributes["rpc.cancelled"] is True
-    assert span.status.status_code is StatusCode.UNSET
+    assert span.attributes.get("rpc.cancelled", False) is not fails
+    assert span.status.status_code is (StatusCode.ERROR if fails else StatusCode.UNSET)
     assert "call_failed" not in caplog.text
 
 
