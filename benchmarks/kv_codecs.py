@@ -145,19 +145,15 @@ def measure(folder: Path, texts: Sequence[Sequence[int]], num_follow: int, codec
     kv, first = model.prefill(prompts)
     shape = KvShape(len(kv), kv[0][0].shape[1], kv[0][0].shape[3], "bfloat16")
     exact_answers = model.greedy(kv, first, num_follow)
+    expected = [model.log_probs(kv, i, text)[:-1] for i, text in enumerate(follow)]
+    num = follow[:, 1:].numel()
+    exact_perplexity = _perplexity(expected, follow)
     rows: list[Row] = []
-    exact_perplexity = 0.0
-    for codec in (NONE, *codecs):
+    for codec in codecs:
         arrived = through(codec, kv)
-        divergence, loss, top = 0.0, 0.0, 0
-        for i, text in enumerate(follow):
-            exact, got = (model.log_probs(each, i, text)[:-1] for each in (kv, arrived))
-            divergence += float((exact.exp() * (exact - got)).sum())
-            loss -= float(got.gather(1, text[1:, None]).sum())
-            top += int((exact.argmax(-1) == got.argmax(-1)).sum())
-        num = follow[:, 1:].numel()
-        perplexity = float(torch.tensor(loss / num).exp())
-        exact_perplexity = exact_perplexity or perplexity
+        got = [model.log_probs(arrived, i, text)[:-1] for i, text in enumerate(follow)]
+        both = list(zip(expected, got, strict=True))
+        perplexity = _perplexity(got, follow)
         prefix, equal = compare(model.greedy(arrived, first, num_follow), exact_answers)
         raw = transfer_bytes(NONE, shape, prompts.shape[1])
         name = NONE if codec == TO_BFLOAT16 else codec
@@ -165,10 +161,10 @@ def measure(folder: Path, texts: Sequence[Sequence[int]], num_follow: int, codec
             Row(
                 codec=codec,
                 share_of_bytes=transfer_bytes(name, shape, prompts.shape[1]) / raw,
-                kl_divergence=divergence / num,
+                kl_divergence=sum(float((a.exp() * (a - b)).sum()) for a, b in both) / num,
                 perplexity=perplexity,
                 perplexity_change=perplexity / exact_perplexity - 1,
-                same_top=top / num,
+                same_top=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in both) / num,
                 greedy_prefix=prefix,
                 equal_answers=equal,
                 num_answers=len(exact_answers),
@@ -176,6 +172,12 @@ def measure(folder: Path, texts: Sequence[Sequence[int]], num_follow: int, codec
         )
         click.echo(f"{codec}: done", err=True)
     return rows
+
+
+def _perplexity(log_probs: Sequence[torch.Tensor], follow: torch.Tensor) -> float:
+    """Of every token of ``follow``, ``[prompt, token]``, but the first, which the prompt itself predicts."""
+    losses = [-each.gather(1, text[1:, None]) for each, text in zip(log_probs, follow, strict=True)]
+    return float(torch.cat(losses).mean().exp())
 
 
 def compare(got: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> tuple[float, int]:
@@ -218,7 +220,7 @@ def main(
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = passages(tokenizer, num_prompts, prompt_tokens + output_tokens)
-    rows = measure(folder, texts, output_tokens, (TO_BFLOAT16, *CODECS[1:]))
+    rows = measure(folder, texts, output_tokens, (NONE, TO_BFLOAT16, *CODECS[1:]))
     if num_vllm:
         prompts = [text[:prompt_tokens] for text in texts[:num_vllm]]
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:

@@ -25,15 +25,18 @@ def make_tiny_llama(
     num_kv_heads: int = 2,
     head_dim: int = 32,
     max_position_embeddings: int = 2048,
+    vocab_size: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a random model whose tokens are the 256 bytes and three special ones; return ``folder``.
 
-    ``head_dim`` must be one that vLLM's CPU attention takes (32, 64, 80, 96, ...). The same arguments give the same
-    bytes. Weights are wider than an initialiser's, so that the answer depends visibly on every part of the KV.
+    ``head_dim`` must be one that vLLM's CPU attention takes (32, 64, 80, 96, ...). ``vocab_size`` may be larger than
+    the tokenizer's. The same arguments give the same bytes. Weights are wider than an initialiser's, so that the answer
+    depends visibly on every part of the KV.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = _save_tokenizer(folder)
+    num_known = _save_tokenizer(folder)
+    vocab_size = vocab_size or num_known
     hidden, intermediate = num_heads * head_dim, 2 * num_heads * head_dim
     config = {
         "architectures": ["LlamaForCausalLM"],

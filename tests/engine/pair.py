@@ -11,6 +11,7 @@ from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import EngineOutput, SampledToken, Sampling
 from hexgen2.engine.vllm import VllmEngine
 from hexgen2.engine.vllm_args import Role
+from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import FetchMessage, FirstToken
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
@@ -67,13 +68,13 @@ class Pair:
     prefill: PrefillWorker
     decode: DecodeWorker
 
-    async def hand_over(self, prompt: list[int], sampling: Sampling) -> Answer:
+    async def hand_over(self, prompt: list[int], sampling: Sampling, codec: str = NONE) -> Answer:
         """As the gateway does: both at once, prefill's call ended when decode has verified."""
         token = secrets.token_bytes(16)
         transfer_id = secrets.token_hex(8)
         ids = tuple(prompt)
         answer = Answer([], None)
-        prefill = self.prefill.run(PrefillJob(f"p{transfer_id}", transfer_id, token, ids, sampling, True))
+        prefill = self.prefill.run(PrefillJob(f"p{transfer_id}", transfer_id, token, ids, sampling, True, codec))
         async with aclosing(prefill) as made:
             async for event in made:
                 if isinstance(event, FirstToken):
@@ -83,7 +84,7 @@ class Pair:
                     break
             if answer.finish_reason is not None:
                 return answer
-            remote = RemoteKv(transfer_id, token, "")
+            remote = RemoteKv(transfer_id, token, "", codec)
             decode = self.decode.run(DecodeJob(f"d{transfer_id}", ids, sampling, remote))
             async with aclosing(decode) as outputs:
                 async for output in outputs:

@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +48,27 @@ def test_the_ranks_of_a_replica_hold_all_of_the_model(
     sources, _, num_layers, num_kv_heads = case
     held = {(layer, head) for s in sources for layer in s.layers for head in s.kv_heads}
     assert held == {(layer, head) for layer in range(num_layers) for head in range(num_kv_heads)}
+
+
+@given(case=pair(), most_heads=st.none() | st.integers(1, 3))
+def test_what_ranks_gather_through_their_picks_is_the_dense_kv(
+    case: tuple[tuple[RankSlice, ...], tuple[RankSlice, ...], int, int], most_heads: int | None
+) -> None:
+    """A number for each (layer, head), held by the sources as their slices say and read as the picks say."""
+    sources, targets, num_layers, num_kv_heads = case
+    dense = np.arange(num_layers * num_kv_heads).reshape(num_layers, num_kv_heads)
+    held = {s.rank: dense[s.layers.start : s.layers.stop, s.kv_heads.start : s.kv_heads.stop] for s in sources}
+    by_rank = {s.rank: s for s in sources}
+    for target in targets:
+        mine = np.full((target.num_layers, target.num_kv_heads), -1)
+        for pick in plan_picks(sources, target, most_heads):
+            assert pick.num_kv_heads <= (most_heads or num_kv_heads)
+            theirs = by_rank[pick.rank]
+            there, here = (pick.first_kv_head - each.first_kv_head for each in (theirs, target))
+            run = held[pick.rank][pick.layer - theirs.first_layer, there : there + pick.num_kv_heads]
+            mine[pick.layer - target.first_layer, here : here + pick.num_kv_heads] = run
+        expected = dense[target.layers.start : target.layers.stop, target.kv_heads.start : target.kv_heads.stop]
+        assert (mine == expected).all()
 
 
 def test_equal_ranks_read_one_contiguous_run_per_layer() -> None:
