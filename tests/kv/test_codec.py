@@ -142,6 +142,24 @@ def test_keys_differ(piece: torch.Tensor) -> None:
     assert not set(of(piece)) & set(of(piece, DigestKey(TOKEN[::-1], MAX_WORDS)))
 
 
+PLACE = st.tuples(st.integers(0, 4095), st.integers(0, 2**20 - 1), st.integers(0, 4095), st.sampled_from([b"a", b"b"]))
+
+
+@given(one=PLACE, other=PLACE, words=st.lists(st.tuples(WORD, WORD), min_size=1, max_size=32))
+def test_pieces_that_took_each_others_place_are_seen(
+    one: tuple[int, int, int, bytes], other: tuple[int, int, int, bytes], words: list[tuple[int, int]]
+) -> None:
+    """Two heads, layers, chunks or requests (which have keys of their own) swapped whole, whatever their bytes."""
+    assume(one != other)
+    for swapped in range(2):
+        piece = torch.tensor([[pair[swapped] for pair in words]], dtype=torch.int32)
+        assume(bool(piece.any()) or one[:3] != other[:3])
+        right, wrong = (
+            of(piece, DigestKey(token, MAX_WORDS), layer, chunk, head) for layer, chunk, head, token in (one, other)
+        )
+        assert right != wrong
+
+
 def test_a_copy_is_digested_and_not_its_source(piece: torch.Tensor) -> None:
     dst = torch.zeros_like(piece)
     assert copy_and_digest(dst, piece, KEY, layer=3, chunk=5, first_head=2).tolist() == of(piece)
