@@ -38,6 +38,7 @@ def assignment_of(placement: Placement) -> Assignment:
             tpot_s=placement.tpot_s,
             replicas=tuple(ReplicaPrediction(r.id, r.capacity_rps, r.flow_rps) for r in placement.replicas),
         ),
+        colocate_max_prompt_tokens=placement.colocate_max_prompt_tokens,
         flows=MappingProxyType({each.id: each.flow_rps for each in placement.replicas}),
     )
 

@@ -115,6 +115,9 @@ class Placement(Part):
     output_tokens_per_s: float
     price_per_hour: float | None = None
     price_per_million_output_tokens: float | None = None
+    colocate_max_prompt_tokens: int = Field(
+        0, ge=0, description="prompts of up to so many tokens are answered sooner by a decode replica alone"
+    )
     strategy: str
     seed: int
     evaluations: int

@@ -21,6 +21,8 @@ from hexgen2.scheduler.rent import cheapest, only, within_budget
 from hexgen2.scheduler.report import html
 from hexgen2.scheduler.schedule import EVALUATIONS, KINDS, solve
 from hexgen2.scheduler.search import STRATEGIES
+from hexgen2.simulator.planned import Planned
+from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
 from hexgen2.workload_file import find_workload
 
 COLOURS = {"prefill": "blue", "decode": "green", "colocated": "magenta"}
@@ -118,6 +120,9 @@ def make_plan(
         taken = {stage.machine for replica in found.replicas for stage in replica.stages}
         taken |= {idle.machine for idle in found.idle}
         problem = replace(problem, cluster=only(problem.cluster, taken))
+    longest = max(point.prompt_tokens for point in problem.workload.lengths)
+    limit = colocate_max_prompt_tokens(Planned(found, problem, longest))
+    found = found.model_copy(update={"colocate_max_prompt_tokens": limit})
     written = []
     if output is not None:
         written.append(write(output, to_yaml(found)))
@@ -216,6 +221,11 @@ def show(plan: Placement, console: Console) -> None:
             f"{route.prefill} -> {route.decode}: {route.flow_rps:.3g}/s, KV in {route.transfer_s * 1e3:.0f} ms",
             highlight=False,
         )
+    if plan.colocate_max_prompt_tokens:
+        told = (
+            f"prompts of up to {plan.colocate_max_prompt_tokens} tokens are answered sooner by a decode replica alone"
+        )
+        console.print(told, highlight=False)
     if len(plan.routes) > 20:
         console.print(f"{len(plan.routes)} routes: see the plan.yaml")
     ttft = "more than the replicas carry" if plan.ttft_s is None else f"{plan.ttft_s:.3g} s"
