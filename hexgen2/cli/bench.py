@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hexgen2.cli.lazy import LazyCommand
-from hexgen2.scheduler import quality, speed
+from hexgen2.scheduler import compare, quality, speed
 from hexgen2.scheduler.schedule import EVALUATIONS
 from hexgen2.scheduler.search import STRATEGIES
 
@@ -40,6 +40,31 @@ def bench_scheduler(gpus: tuple[int, ...], as_json: bool, **options: Any) -> Non
             click.echo(f"{row.num_gpus:5} GPUs  {row.seconds:6.1f} s  {row.throughput_rps:8.2f} requests/s, {gap}")
     if as_json:
         click.echo(json.dumps(rows, indent=2))
+
+
+@bench.command("strategies")
+@click.option("--cluster", "clusters", multiple=True, help="May be repeated. Default: the paper's, and 64 to 320 GPUs.")
+@click.option("--workload", "workloads", multiple=True, help="May be repeated. Default: the paper's four.")
+@click.option("--model", default="llama-2-70b", show_default=True)
+@click.option("--evaluations", type=click.IntRange(min=1), default=compare.EVALUATIONS, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=compare.SEEDS, show_default=True)
+@as_json
+def bench_strategies(clusters: tuple[str, ...], workloads: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Search strategies in equal evaluations, as shares of the bound."""
+    rows = []
+    if not as_json:
+        click.echo(f"{'cluster':16} {'workload':9}" + "".join(f"{name:>14}" for name in compare.COMPARED))
+    for row in compare.rows(clusters or compare.CLUSTERS, workloads or compare.WORKLOADS, **options):
+        rows.append(row)
+        if not as_json:
+            shares = "".join(f"{row.shares[name]:14.3f}" for name in compare.COMPARED)
+            click.echo(f"{row.cluster:16} {row.workload:9}{shares}")
+    told = compare.summary(rows)
+    if as_json:
+        click.echo(json.dumps({"rows": [row.to_json() for row in rows], "summary": told}, indent=2))
+        return
+    for rival, lead in told.items():
+        click.echo(f"over {rival}: {lead['mean_lead']:+.1%} on average, {lead['least_lead']:+.1%} at least")
 
 
 @bench.command("quality")
