@@ -4,7 +4,6 @@ Sizes follow the real matrices (grouped-query heads, gated or plain MLP, experts
 section 3, which is 6 % low for Llama-2.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hexgen2 import catalog
 from hexgen2.config_file import build, did_you_mean, dotted
 from hexgen2.errors import ConfigError
+from hexgen2.model import read_json
 
 #: Bytes of one element, with the scales that a quantised format keeps beside its values.
 BYTES: Mapping[str, float] = {
@@ -147,14 +147,7 @@ def _from_catalog(name: str) -> dict[str, Any]:
 
 
 def _from_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: not a JSON object")
+    config = read_json(path)
     text = config.get("text_config", config)
     if not isinstance(text, dict):
         raise ConfigError(f"{path}: text_config: not a mapping")

@@ -52,7 +52,7 @@ def load_model(folder: Path, dtype: str = "auto") -> ModelSpec:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such model folder (`hexgen2 model prepare` makes the default one)")
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     # Models of several modalities keep the language model's part apart.
     text = config.get("text_config", config)
     if not isinstance(text, Mapping):
@@ -99,7 +99,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a model, sorted: those its index names, or all when it has none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{index}: weight_map: missing or empty")
         paths = tuple(folder / name for name in sorted({str(name) for name in weight_map.values()}))
@@ -128,7 +128,8 @@ def _sample(path: Path, size: int, digest: _Hash) -> None:
             digest.update(file.read(SAMPLE_BYTES))
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object in a file. Raises ConfigError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

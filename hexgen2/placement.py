@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hexgen2.config_file import load
 from hexgen2.errors import InvalidRequest
+from hexgen2.kv.codecs import Codec
 
 ReplicaRole = Literal["prefill", "decode", "colocated"]
 
@@ -67,7 +68,7 @@ class RoutePlan(Part):
     decode: str
     flow_rps: float = Field(gt=0)
     transfer_s: float = Field(ge=0, description="a mean prompt's KV, when nobody else uses the links")
-    codec: str = Field("none", description="what the KV travels in")
+    codec: Codec = Field("none", description="what the KV travels in")
 
 
 class LinkPlan(Part):

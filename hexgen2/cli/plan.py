@@ -13,9 +13,11 @@ from rich.table import Table
 from hexgen2 import llm as llms
 from hexgen2.cluster_file import find_cluster
 from hexgen2.errors import ConfigError
+from hexgen2.kv.codecs import CODECS, NONE
 from hexgen2.placement import Placement, ReplicaPlan, to_yaml
 from hexgen2.planner_examples import write_examples
 from hexgen2.scheduler.changes import changes
+from hexgen2.scheduler.efficiency import DEFAULT_ENGINE, engine, engines
 from hexgen2.scheduler.problem import Problem
 from hexgen2.scheduler.rent import cheapest, only, within_budget
 from hexgen2.scheduler.report import html
@@ -49,6 +51,16 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--weight-dtype", help="What weights are kept in: fp8, int4 ...; default: as published.")
 @click.option("--kv-dtype", help="What KV is kept in; default: as the weights, at least 8 bits.")
+@click.option(
+    "--kv-codecs",
+    default=NONE,
+    show_default=True,
+    help=f"What KV may travel in between machines, where a link is the bottleneck: {','.join(CODECS)}. "
+    "All but none cost accuracy.",
+)
+@click.option(
+    "--engine", "profile", default=DEFAULT_ENGINE, show_default=True, type=click.Choice(engines()), help="Whose steps."
+)
 @click.option(
     "--example", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write files to start from."
 )
@@ -93,6 +105,8 @@ def make_plan(
     tpot: float | None,
     weight_dtype: str | None,
     kv_dtype: str | None,
+    kv_codecs: str,
+    profile: str,
     report: Path | None,
     budget: float | None,
     target_rate: float | None,
@@ -107,6 +121,8 @@ def make_plan(
         find_cluster(cluster),
         llms.find(model, weight_dtype=weight_dtype, kv_dtype=kv_dtype),
         find_workload(workload).model_copy(update=limits),
+        codec_names(kv_codecs),
+        engine(profile),
     )
     rate = target_rate or (problem.workload.rate if target_slo is not None else None)
     if target_slo is not None and rate is None:
@@ -130,11 +146,13 @@ def make_plan(
         effort = {name: search[name] for name in ("kind", "evaluations", "seed")}
         # What would change is found by the default strategy, so it is compared with that alone.
         told = changes(problem, **effort) if search["strategy"] == "hexgen2" else ()
-        written.append(write(report, html(found, problem.cluster, told)))
+        written.append(write(report, html(found, problem.cluster, told, problem.assumptions)))
     if as_json:
         click.echo(found.model_dump_json(indent=2))
         return
     show(found, Console())
+    for sentence in problem.assumptions:
+        click.echo(f"assumed: {sentence}")
     for path in written:
         click.echo(f"wrote {path}")
 
@@ -146,6 +164,15 @@ def rent(problem: Problem, budget: float | None, rate: float, strategy: str, **s
     if budget is not None:
         return within_budget(problem, budget, **search)
     return cheapest(problem, rate, **search)
+
+
+def codec_names(text: str) -> tuple[str, ...]:
+    """``none,int8``. Raises ConfigError."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in CODECS:
+            raise ConfigError(f"--kv-codecs {text}: no `{name}`; there are: {', '.join(CODECS)}")
+    return names
 
 
 def slo(text: str) -> tuple[float, float]:
@@ -218,7 +245,8 @@ def show(plan: Placement, console: Console) -> None:
         console.print(f"idle: {idle.count} {idle.gpu} on {idle.machine}")
     for route in plan.routes if len(plan.routes) <= 20 else ():
         console.print(
-            f"{route.prefill} -> {route.decode}: {route.flow_rps:.3g}/s, KV in {route.transfer_s * 1e3:.0f} ms",
+            f"{route.prefill} -> {route.decode}: {route.flow_rps:.3g}/s, KV in {route.transfer_s * 1e3:.0f} ms"
+            + (f" as {route.codec}" if route.codec != NONE else ""),
             highlight=False,
         )
     if plan.colocate_max_prompt_tokens:

@@ -1,14 +1,17 @@
-"""What would change the answer: the same search with one GPU more of a type, or with faster network cards."""
+"""What would change the answer: the same search with one GPU more of a type, faster network cards, or smaller KV."""
 
 from dataclasses import replace
 
 from hexgen2.cluster import Cluster, Link, Machine
+from hexgen2.kv.codecs import NONE
 from hexgen2.scheduler.problem import Problem
 from hexgen2.scheduler.report import Change
 from hexgen2.scheduler.schedule import solve
 
 #: Network cards are tried this much faster.
 FASTER = 10
+#: The codec that is tried: the most exact.
+CODEC = "int8"
 #: The machine that is added.
 ADDED = "one-more"
 
@@ -19,11 +22,12 @@ def changes(problem: Problem, *, kind: str, evaluations: int, seed: int) -> tupl
     tried = [(f"+1 {gpu.name}", _with_one_more(cluster, gpu.name)) for gpu in cluster.gpu_types]
     if len(cluster.machines) > 1:
         tried.append((f"network cards and links {FASTER} times as fast", _faster(cluster)))
+    others = [(what, replace(problem, cluster=changed)) for what, changed in tried]
+    if len(cluster.machines) > 1 and problem.codecs == (NONE,):
+        others.append((f"KV in {CODEC} between machines", replace(problem, codecs=(NONE, CODEC))))
     return tuple(
-        Change(
-            what, solve(replace(problem, cluster=changed), kind=kind, evaluations=evaluations, seed=seed).throughput_rps
-        )
-        for what, changed in tried
+        Change(what, solve(other, kind=kind, evaluations=evaluations, seed=seed).throughput_rps)
+        for what, other in others
     )
 
 

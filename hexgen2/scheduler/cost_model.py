@@ -96,6 +96,13 @@ class CostModel:
         """Tokens of whole prompts that share a step at ``prefill_rate``; 0: sharing does not pay."""
         return self._rates.of(stages).shared_tokens
 
+    def codec_s(self, gpu: str, tensor_parallel_size: int, num_layers: int) -> float:
+        """Seconds of a stage for writing, or reading, a mean prompt's KV in a codec: so many passes over memory."""
+        share = min(tensor_parallel_size, self.llm.num_kv_heads)
+        size = num_layers * self.llm.kv_bytes_per_token_layer * self.workload.mean_prompt_tokens / share
+        bandwidth = self.gpus[gpu].memory_bandwidth_bytes_per_s * self._efficiencies[gpu].memory
+        return size * self.engine.codec_passes / bandwidth
+
     def weight_bytes_per_gpu(self, stages: Stages, number: int) -> float:
         """Of stage ``number``: its layers, the embedding in the first and the head in the last."""
         llm, stage = self.llm, stages[number]

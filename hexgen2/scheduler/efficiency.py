@@ -68,6 +68,8 @@ class Engine:
     prompt_attention_factor: float
     #: Whether a step may decode and take in a part of a prompt; else each step is of one phase, prefill first.
     chunked_prefill: bool
+    #: Times that a KV codec goes over what it writes or reads. Nobody measured it on a GPU.
+    codec_passes: float
 
     def host(self, gpu: GpuType) -> Host:
         """Of machines with that GPU (or the one whose efficiencies it has), or what is usual."""
@@ -87,10 +89,19 @@ def efficiency(gpu: GpuType) -> Efficiency:
 @cache
 def engine(name: str = DEFAULT_ENGINE) -> Engine:
     """An engine profile by name. Raises ConfigError."""
-    engines = {**catalog.table("engines")["engines"], **catalog.table("engines_assumed")["engines"]}
-    if name not in engines:
-        raise ConfigError(f"engine: no profile `{name}`; {did_you_mean(name, list(engines))}")
-    return make_engine(name, engines[name])
+    known = _engines()
+    if name not in known:
+        raise ConfigError(f"engine: no profile `{name}`; {did_you_mean(name, list(known))}")
+    return make_engine(name, known[name])
+
+
+def engines() -> tuple[str, ...]:
+    """Names of the catalog's profiles."""
+    return tuple(_engines())
+
+
+def _engines() -> dict[str, Any]:
+    return {**catalog.table("engines")["engines"], **catalog.table("engines_assumed")["engines"]}
 
 
 def make_engine(name: str, entry: Mapping[str, Any]) -> Engine:

@@ -108,5 +108,7 @@ def _entry(gpus: Sequence[str], x: Array) -> dict[str, Any]:
         "prompt_attention_factor": prompt_factor,
         # Of 2023: steps of prefill alone went first (vLLM, SOSP 2023, section 4.5).
         "chunked_prefill": False,
+        # Assumed: scale, round and write as separate kernels.
+        "codec_passes": 8.0,
         "hosts": hosts,
     }

@@ -16,10 +16,12 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix, vstack
 
+from hexgen2.kv.codecs import NONE
 from hexgen2.scheduler.cost import CostModel
 from hexgen2.scheduler.fabric import Fabric
 from hexgen2.scheduler.flow import Network, cheapest_max_flow, max_flow
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
+from hexgen2.scheduler.kv_codecs import PLAIN, WireCodec, wire_codecs
 
 #: Rates become integers in steps of the largest one over 2^30.
 UNITS = 30
@@ -43,6 +45,8 @@ class Replica:
     spans: tuple[tuple[int, int, int], ...]
     gpus: tuple[tuple[int, int], ...]
     hops: tuple[tuple[Wire, float], ...]
+    #: Seconds that writing, or reading, a mean prompt's KV in a codec takes of the replica's busiest stage.
+    codec_s: float = 0.0
 
     @property
     def machine(self) -> int | None:
@@ -58,6 +62,8 @@ class Routed:
     routes: tuple[tuple[int, int, float], ...]
     #: Of each card or link that carries anything: bytes per second and its bandwidth.
     wires: tuple[tuple[Wire, float, float], ...]
+    #: What each route's KV travels in.
+    codecs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +76,14 @@ class KvPath:
 
 
 class KvNetwork:
-    """Builds networks for one cluster, model and workload."""
+    """Builds networks for one cluster, model and workload. ``codecs``: names of those that routes may use."""
 
-    def __init__(self, fabric: Fabric, cost: CostModel) -> None:
+    def __init__(self, fabric: Fabric, cost: CostModel, codecs: Sequence[str] = (NONE,)) -> None:
         self._fabric = fabric
         self._cost = cost
         self._kv_bytes = float(cost.kv_bytes_per_request)
+        self._codecs = wire_codecs(cost.llm, codecs)
+        self._smallest = min(codec.ratio for codec in self._codecs)
         self._num_layers = cost.llm.num_layers
         cluster = fabric.cluster
         numbers = {machine.name: i for i, machine in enumerate(cluster.machines)}
@@ -110,8 +118,13 @@ class KvNetwork:
         for (a, *_), (b, *_) in pairwise(spans):
             for wire in self._wires(a, b):
                 hops[wire] += tokens * self._cost.llm.hidden_size * 2.0
+        kinds = fabric.kinds
+        codec_s = max(
+            self._cost.codec_s(kinds[fabric.pools[each.pool].kind].gpu, each.tensor_parallel_size, each.num_layers)
+            for each in choice.stages
+        )
         return Replica(
-            role, choice.rps, tuple(spans), tuple(sorted(gpus.items())), tuple(sorted(hops.items(), key=str))
+            role, choice.rps, tuple(spans), tuple(sorted(gpus.items())), tuple(sorted(hops.items(), key=str)), codec_s
         )
 
     def may_bind(self, replicas: Sequence[Replica]) -> bool:
@@ -182,7 +195,8 @@ class KvNetwork:
         """The integer network, and the requests per second that one unit stands for.
 
         Nodes: the replicas, then (out, in) of each machine, then (out, in) of each site, then source and sink. A
-        replica over several machines takes the card of the machine with most of its layers.
+        replica over several machines takes the card of the machine with most of its layers. Between machines KV has
+        the size of the smallest codec that is allowed.
         """
         fabric = self._fabric
         count, machines, sites = len(replicas), len(fabric.nic), fabric.sites
@@ -219,13 +233,13 @@ class KvNetwork:
                         arcs.append((i, j, units(inner * lanes)))
         for machine, bandwidth in enumerate(fabric.nic):
             core = out_of[fabric.site[machine]]
-            arcs.append((count + 2 * machine, core, units(bandwidth)))
-            arcs.append((core, count + 2 * machine + 1, units(bandwidth)))
+            arcs.append((count + 2 * machine, core, units(bandwidth / self._smallest)))
+            arcs.append((core, count + 2 * machine + 1, units(bandwidth / self._smallest)))
         for a in sites:
             for b in sites:
                 if a != b:
                     limit = self._limits.get(("site", a, b))
-                    arcs.append((out_of[a], out_of[b], plenty if limit is None else units(limit)))
+                    arcs.append((out_of[a], out_of[b], plenty if limit is None else units(limit / self._smallest)))
         tails, heads, capacities = (tuple(column) for column in zip(*arcs, strict=True))
         return Network(sink + 1, source, sink, tails, heads, capacities, (0,) * len(arcs)), unit
 
@@ -233,13 +247,17 @@ class KvNetwork:
         """The largest flow with every card's and link's bytes added up, and of its routings one with the least KV time.
 
         maximise sum f_ij; sum_j f_ij <= rate_i; sum_i f_ij <= rate_j; per wire sum f_ij bytes_ij <= bandwidth, where
-        the bytes of a pair are its layer-matched KV and the pipelines' hidden states.
+        the bytes of a pair are its layer-matched KV and the pipelines' hidden states. Where codecs are allowed there is
+        an f for each of them, and of all largest flows one with the least error is taken.
         """
         prefill = [i for i, replica in enumerate(replicas) if replica.role == PREFILL]
         decode = [i for i, replica in enumerate(replicas) if replica.role == DECODE]
-        pairs = [(i, j) for i in prefill for j in decode] + [
-            (i, i) for i, replica in enumerate(replicas) if replica.role == COLOCATED
-        ]
+        pairs = [
+            (i, j, codec)
+            for i in prefill
+            for j in decode
+            for codec in (self._codecs if self._apart(replicas[i], replicas[j]) else (PLAIN,))
+        ] + [(i, i, PLAIN) for i, replica in enumerate(replicas) if replica.role == COLOCATED]
         if not pairs:
             return Routed(0.0, (), ())
         unit = 2.0 ** frexp(max(replica.rps for replica in replicas))[1]
@@ -256,14 +274,15 @@ class KvNetwork:
             at.append((rows[row], column))
 
         times, caps = [], []
-        for column, (i, j) in enumerate(pairs):
+        for column, (i, j, codec) in enumerate(pairs):
             for end in {i, j}:
-                put(end, replicas[end].rps / unit, column, 1.0)
+                busy = 0.0 if codec is PLAIN else replicas[end].codec_s * replicas[end].rps
+                put(end, replicas[end].rps / unit, column, 1.0 + busy)
             loads: dict[Wire, float] = defaultdict(float)
             for end in {i, j}:
                 for wire, per_request in replicas[end].hops:
                     loads[wire] += per_request
-            seconds, cap = (0.0, np.inf) if i == j else self._moved(replicas[i], replicas[j], loads)
+            seconds, cap = (0.0, np.inf) if i == j else self._moved(replicas[i], replicas[j], loads, codec.ratio)
             times.append(seconds)
             caps.append(cap / unit)
             for wire, per_request in loads.items():
@@ -278,15 +297,24 @@ class KvNetwork:
         if not routed:
             return Routed(value * unit, (), ())
         scale = max(times) or 1.0
+        # Exactness first: a codec is used where the flow needs it, never to be a little quicker.
+        worth = np.array([codec.error for *_, codec in pairs]) * 1000
         least = linprog(
-            np.array(times) / scale,
+            np.array(times) / scale + worth,
             A_ub=vstack([matrix, csr_matrix(-np.ones(len(pairs)))], format="csr"),
             b_ub=[*limits, -value * (1 - 1e-9)],
             bounds=bounds,
             method="highs-ds",
         )
         x = least.x if least.status == 0 else first.x
-        return self._routed(replicas, pairs, [float(each) * unit for each in x])
+        # A route has one codec: where its flow is in several, the smallest of them.
+        flows: dict[tuple[int, int], float] = defaultdict(float)
+        taken: dict[tuple[int, int], WireCodec] = {}
+        for (i, j, codec), flow in zip(pairs, x, strict=True):
+            flows[i, j] += float(flow) * unit
+            if (i, j) not in taken or (flow > 1e-7 and codec.ratio < taken[i, j].ratio):
+                taken[i, j] = codec
+        return self._routed(replicas, list(flows), list(flows.values()), taken)
 
     def route(self, replicas: Sequence[Replica]) -> Routed:
         """The flow and its routes: by preflow-push and least cost where no card binds, else as `verify` has it."""
@@ -311,9 +339,18 @@ class KvNetwork:
         flows = [units * unit for units in found.arcs[len(prefill) + len(decode) :]]
         return self._routed(replicas, [*pairs, *((i, i) for i, *_ in alone)], [*flows, *(rate for *_, rate in alone)])
 
-    def transfer_s(self, sender: Replica, receiver: Replica) -> float:
+    def transfer_s(self, sender: Replica, receiver: Replica, codec: str = NONE) -> float:
         """Seconds that one mean prompt's KV takes between two replicas when nobody else uses the links."""
-        return self._moved(sender, receiver, defaultdict(float))[0]
+        used = next(each for each in self._codecs if each.name == codec)
+        return self._moved(sender, receiver, defaultdict(float), used.ratio)[0]
+
+    def _apart(self, sender: Replica, receiver: Replica) -> bool:
+        """Whether any KV goes from one machine to another."""
+        return any(
+            a != b and min(end, other_end) > max(first, other_first)
+            for a, first, end in sender.spans
+            for b, other_first, other_end in receiver.spans
+        )
 
     @property
     def bandwidths(self) -> Mapping[Wire, float]:
@@ -329,24 +366,37 @@ class KvNetwork:
         shares = tuple((wire, loads[wire] / self._kv_bytes) for wire in sorted(loads, key=str))
         return KvPath(shares, inner_rps * self._kv_bytes, latency)
 
-    def _routed(self, replicas: Sequence[Replica], pairs: Sequence[tuple[int, int]], flows: Sequence[float]) -> Routed:
+    def _routed(
+        self,
+        replicas: Sequence[Replica],
+        pairs: Sequence[tuple[int, int]],
+        flows: Sequence[float],
+        taken: Mapping[tuple[int, int], WireCodec] | None = None,
+    ) -> Routed:
+        codecs = taken or {}
         largest = max(flows, default=0.0)
         kept = [(i, j, flow) for (i, j), flow in zip(pairs, flows, strict=True) if flow > 1e-7 * largest]
         used: dict[Wire, float] = defaultdict(float)
         for i, j, flow in kept:
             loads: dict[Wire, float] = defaultdict(float)
             if i != j:
-                self._moved(replicas[i], replicas[j], loads)
+                self._moved(replicas[i], replicas[j], loads, codecs.get((i, j), PLAIN).ratio)
             for end in {i, j}:
                 for wire, per_request in replicas[end].hops:
                     loads[wire] += per_request
             for wire, per_request in loads.items():
                 used[wire] += flow * per_request
         wires = tuple((wire, used[wire], self._limits[wire]) for wire in sorted(used, key=str))
-        return Routed(sum(flow for *_, flow in kept), tuple(kept), wires)
+        names = tuple(codecs.get((i, j), PLAIN).name for i, j, _ in kept)
+        return Routed(sum(flow for *_, flow in kept), tuple(kept), wires, names)
 
-    def _moved(self, sender: Replica, receiver: Replica, loads: dict[Wire, float]) -> tuple[float, float]:
-        """Adds a request's KV to ``loads``; returns the busiest link's seconds and the rate that inner links allow."""
+    def _moved(
+        self, sender: Replica, receiver: Replica, loads: dict[Wire, float], ratio: float = 1.0
+    ) -> tuple[float, float]:
+        """Adds a request's KV to ``loads``; returns the busiest link's seconds and the rate that inner links allow.
+
+        ``ratio``: of a codec, for what goes from one machine to another.
+        """
         fabric, per_layer = self._fabric, self._kv_bytes / self._num_layers
         seconds, inner_rps = 0.0, np.inf
         between: dict[tuple[int, int], float] = defaultdict(float)
@@ -362,6 +412,7 @@ class KvNetwork:
                 seconds = max(seconds, size / bandwidth)
                 inner_rps = min(inner_rps, bandwidth / size)
                 continue
+            size *= ratio
             for wire in self._wires(a, b):
                 sent[wire] += size
             seconds = max(seconds, fabric.latency[a][b] + size / fabric.bandwidth[a][b])

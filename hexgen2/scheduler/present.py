@@ -48,9 +48,10 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
             prefill=names[i],
             decode=names[j],
             flow_rps=flow,
-            transfer_s=network.transfer_s(sender, receiver),
+            transfer_s=network.transfer_s(sender, receiver, codec),
+            codec=codec,
         )
-        for i, j, flow in routed.routes
+        for (i, j, flow), codec in zip(routed.routes, routed.codecs, strict=True)
         if i != j and (sender := replicas[i]) is not None and (receiver := replicas[j]) is not None
     )
     kind = _kind(state)

@@ -1,16 +1,20 @@
 """One planning problem: a cluster, a model and a workload, with everything that searches over it share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from hexgen2.cluster import Cluster
 from hexgen2.errors import ConfigError
+from hexgen2.kv.codecs import NONE
 from hexgen2.llm import Llm
+from hexgen2.scheduler.assumptions import assumptions
 from hexgen2.scheduler.bound import Bound, Column, lp_bound, milp_bound
 from hexgen2.scheduler.columns import Limits, columns, supply_of
 from hexgen2.scheduler.cost import CostModel
+from hexgen2.scheduler.efficiency import Engine, engine
 from hexgen2.scheduler.fabric import Fabric
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Groups
+from hexgen2.scheduler.kv_codecs import wire_codecs
 from hexgen2.scheduler.parallelism import Strategies
 from hexgen2.scheduler.state import Judge
 from hexgen2.workload import Workload
@@ -24,11 +28,16 @@ MILP_GPUS = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """See the module. Costs, strategies and columns are found when first needed and remembered."""
+    """See the module. Costs, strategies and columns are found when first needed and remembered.
+
+    ``codecs``: what KV may travel in between machines, beside none; ``engine``: whose host times and limits steps have.
+    """
 
     cluster: Cluster
     llm: Llm
     workload: Workload
+    codecs: tuple[str, ...] = (NONE,)
+    engine: Engine = field(default_factory=engine)
 
     @cached_property
     def fabric(self) -> Fabric:
@@ -38,7 +47,12 @@ class Problem:
     @cached_property
     def cost(self) -> CostModel:
         """Costs of this model under this workload."""
-        return CostModel(self.llm, self.workload, self.cluster.gpu_types)
+        return CostModel(self.llm, self.workload, self.cluster.gpu_types, self.engine)
+
+    @cached_property
+    def assumptions(self) -> tuple[str, ...]:
+        """What its plans take for granted, in sentences."""
+        return assumptions(self.llm, self.workload, self.cluster.gpu_types, self.engine)
 
     @cached_property
     def strategies(self) -> Strategies:
@@ -60,8 +74,9 @@ class Problem:
         """Requests per second whose KV goes from one site to another; none where groups may cross sites."""
         if not self.limits.one_site:
             return {}
+        smallest = min(codec.ratio for codec in wire_codecs(self.llm, self.codecs))
         return {
-            (a, b): link.bandwidth_bytes_per_s / self.cost.kv_bytes_per_request
+            (a, b): link.bandwidth_bytes_per_s / (self.cost.kv_bytes_per_request * smallest)
             for link in self.cluster.site_links
             for a, b in (link.between, link.between[::-1])
         }
@@ -69,12 +84,12 @@ class Problem:
     @cached_property
     def judge(self) -> Judge:
         """Judges states by the usual rule for strategies."""
-        return Judge(Groups(self.fabric, self.cost, self.strategies))
+        return Judge(Groups(self.fabric, self.cost, self.strategies), self.codecs)
 
     @cached_property
     def paper_judge(self) -> Judge:
         """Judges states by the paper's literal rule: prefill takes the strategy with the least latency."""
-        return Judge(Groups(self.fabric, self.cost, self.strategies, quickest=True))
+        return Judge(Groups(self.fabric, self.cost, self.strategies, quickest=True), self.codecs)
 
     @cached_property
     def _columns(self) -> tuple[Column, ...]:

@@ -38,6 +38,11 @@ def annealing(worse: float, several: float, used: float) -> float:
     return exp(-worse / temperature) if temperature > 0 else 0.0
 
 
+def cooler(worse: float, several: float, used: float) -> float:
+    """Annealing from a quarter of the temperature: better where effort is short."""
+    return annealing(worse, several / 4, used)
+
+
 def warmer(worse: float, several: float, used: float) -> float:
     """Annealing from four times the temperature: where full network cards make the ground between good states rough."""
     return annealing(worse, 4 * several, used)

@@ -12,7 +12,7 @@ from hexgen2.cluster import Cluster
 from hexgen2.placement import Placement, ReplicaPlan
 
 COLOURS = {"prefill": "#2f6fde", "decode": "#1f9d63", "colocated": "#9a4fd0", "idle": "#c9ced6"}
-RED = "#d43b3b"
+RED, FLOW = "#d43b3b", "#e0900f"
 
 #: Sizes in the picture.
 CELL, GAP, PAD, HEAD, COLUMN = 30, 5, 12, 26, 250
@@ -28,7 +28,7 @@ class Change:
     throughput_rps: float
 
 
-def html(plan: Placement, cluster: Cluster, changes: Sequence[Change] = ()) -> str:
+def html(plan: Placement, cluster: Cluster, changes: Sequence[Change] = (), assumptions: Sequence[str] = ()) -> str:
     """The whole page."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -53,7 +53,7 @@ svg {{ border: 1px solid #dfe3e8; border-radius: 8px; background: #fbfcfd }}
 .legend span {{ margin-right: 1.4em }} .scroll {{ overflow-x: auto }}
 </style></head><body>
 <h1>{plan.throughput_rps:.3g} requests/s of {escape(plan.workload)} with {escape(plan.model)}</h1>
-<p class="sub">on {escape(plan.cluster)}: {escape(plan.kind)}, because {escape(plan.why)}</p>
+<p class="sub">on {escape(plan.cluster)}: {escape(plan.kind)} ({escape(plan.why)})</p>
 {_cards(plan)}
 <h2>Where everything runs</h2>
 {_legend(plan)}
@@ -63,6 +63,7 @@ svg {{ border: 1px solid #dfe3e8; border-radius: 8px; background: #fbfcfd }}
 {_links(plan)}
 {_changes(plan, changes)}
 {_runners_up(plan)}
+{_assumed(assumptions)}
 <p class="sub">Strategy {escape(plan.strategy)}, seed {plan.seed}, {plan.evaluations:,} evaluations.</p>
 </body></html>
 """
@@ -92,7 +93,11 @@ def _legend(plan: Placement) -> str:
     if plan.idle:
         roles.append("idle")
     told = "".join(f'<span><i class="dot" style="background:{COLOURS[role]}"></i>{role}</span>' for role in roles)
-    return f'<p class="legend">{told}<span style="color:{RED}">red: full</span>numbers: replica of that role</p>'
+    return (
+        f'<p class="legend">{told}<span style="color:{RED}">red: full</span>'
+        f'<span style="color:{FLOW}">lines: KV from prefill to decode, as wide as its flow</span>'
+        "numbers: replica of that role</p>"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +219,11 @@ def _routes(plan: Placement, places: Mapping[str, list[tuple[float, float]]]) ->
         width = 1.2 + 8 * route.flow_rps / thickest
         tip = (
             f"{route.prefill} to {route.decode}: {route.flow_rps:.3g} requests/s, KV in {route.transfer_s * 1e3:.3g} ms"
+            + (f" as {route.codec}" if route.codec != "none" else "")
         )
         lines.append(
             f'<path d="M{ax:.0f},{ay:.0f} Q{(ax + bx) / 2:.0f},{(ay + by) / 2 + bend:.0f} {bx:.0f},{by:.0f}" '
-            f'fill="none" stroke="#f0a020" stroke-opacity=".55" stroke-linecap="round" stroke-width="{width:.1f}">'
+            f'fill="none" stroke="{FLOW}" stroke-opacity=".55" stroke-linecap="round" stroke-width="{width:.1f}">'
             f"<title>{escape(tip)}</title></path>"
         )
     return "".join(lines), len(plan.routes) - len(lines)
@@ -275,6 +281,11 @@ def _changes(plan: Placement, changes: Sequence[Change]) -> str:
         for each in ranked
     )
     return f"<h2>What would change the answer</h2><table>{rows}</table>"
+
+
+def _assumed(assumptions: Sequence[str]) -> str:
+    said = "".join(f"<li>{escape(each)}</li>" for each in assumptions)
+    return f"<h2>Taken for granted</h2><ul>{said}</ul>" if said else ""
 
 
 def _runners_up(plan: Placement) -> str:

@@ -6,6 +6,7 @@ from hexgen2 import llm as llms
 from hexgen2.cluster import Cluster
 from hexgen2.cluster_file import find_cluster
 from hexgen2.errors import ConfigError
+from hexgen2.kv.codecs import NONE
 from hexgen2.llm import Llm
 from hexgen2.placement import Placement
 from hexgen2.scheduler.present import placement
@@ -34,17 +35,20 @@ def schedule(
     evaluations: int = EVALUATIONS,
     seed: int = 0,
     jobs: int = 1,
+    codecs: tuple[str, ...] = (NONE,),
     progress: Progress | None = None,
 ) -> Placement:
     """The best placement that the strategy finds, with its bound.
 
-    ``cluster``, ``model`` and ``workload`` may be files or names of the catalog. The same arguments give the same
-    plan, byte for byte, whatever ``jobs``. Raises ConfigError when something is not known or nothing can serve.
+    ``cluster``, ``model`` and ``workload`` may be files or names of the catalog. ``codecs`` are those that routes
+    between machines may use. The same arguments give the same plan, byte for byte, whatever ``jobs``. Raises
+    ConfigError when something is not known or nothing can serve.
     """
     problem = Problem(
         cluster if isinstance(cluster, Cluster) else find_cluster(cluster),
         model if isinstance(model, Llm) else llms.find(model),
         workload if isinstance(workload, Workload) else find_workload(workload),
+        codecs,
     )
     return solve(problem, strategy, kind=kind, evaluations=evaluations, seed=seed, jobs=jobs, progress=progress)
 

@@ -20,7 +20,7 @@ from hexgen2.scheduler.lp_start import lp_start
 from hexgen2.scheduler.moves import Mover
 from hexgen2.scheduler.partition import first_phase, number_of_groups
 from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
-from hexgen2.scheduler.refine import Accept, Refined, able, annealing, climbing, refine, warmer
+from hexgen2.scheduler.refine import Accept, Refined, able, annealing, climbing, cooler, refine, warmer
 from hexgen2.scheduler.state import Judge, State
 
 #: On more GPUs than this the paper's first phase, O(n^3), is no start of the default strategy.
@@ -28,7 +28,7 @@ PHASE_ONE_GPUS = 96
 #: Up to so many GPUs every start is looked at, even when the first cannot be improved.
 SMALL = 32
 #: The long searches that the best two starts get, each with a seed of its own.
-LONG_SEARCHES = 6
+LONG_SEARCHES = 3
 #: A plan this near to the bound is not searched any further.
 CLOSE = 1e-3
 #: Another kind of plan must be better by this share of the flow to be chosen over a disaggregated one.
@@ -126,7 +126,7 @@ def _multi_start(problem: Problem, effort: Effort, roles: tuple[str, ...], evalu
     if evaluations and ranked[0].flow < bound.rps * (1 - CLOSE):
         long = max(1, (evaluations - used) // LONG_SEARCHES)
         tasks = [
-            # Each of the two best with both temperatures.
+            # The best with two temperatures, the second with another.
             (ranked[i // 2 % min(2, len(ranked))].state, long, effort.seed * 1_000_003 + 1000 + i)
             for i in range(LONG_SEARCHES)
         ]
@@ -213,7 +213,7 @@ def _search(problem: Problem, roles: tuple[str, ...], state: State, evaluations:
 
 
 def _accept(seed: int) -> Accept:
-    return warmer if seed % 2 else annealing
+    return (annealing, cooler, warmer)[seed % 3]
 
 
 def paper(problem: Problem, effort: Effort) -> Found:

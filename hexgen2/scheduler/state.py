@@ -4,9 +4,10 @@ A state names no GPU: each group is how many GPUs it takes of each pool. Most st
 summed prefill and the summed decode rates; a flow is solved only where network cards may bind.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hexgen2.kv.codecs import NONE
 from hexgen2.scheduler.fabric import Fabric, Parts
 from hexgen2.scheduler.groups import DECODE, PREFILL, Groups
 from hexgen2.scheduler.kv_network import KvNetwork, Replica
@@ -53,13 +54,13 @@ def parts_of(counts: dict[int, int]) -> Parts:
 class Judge:
     """Flows of states, in requests per second. ``num_flows`` counts how many needed a network, ``network``."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, codecs: Sequence[str] = (NONE,)) -> None:
         self.groups = groups
         self.fabric = groups.fabric
         self.num_flows = 0
         self._replicas: dict[Group, Replica | None] = {}
         self._flows: dict[tuple[Group, ...], float] = {}
-        self.network = KvNetwork(groups.fabric, groups.cost)
+        self.network = KvNetwork(groups.fabric, groups.cost, codecs)
 
     def rate(self, group: Group) -> float:
         """Of one group in its role; 0 when it cannot have it."""

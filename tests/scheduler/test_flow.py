@@ -9,6 +9,11 @@ from hypothesis import strategies as st
 from networkx.algorithms.flow import preflow_push
 
 from hexgen2.scheduler.flow import Flow, Network, as_graph, cheapest_max_flow, max_flow
+from hexgen2.scheduler.lp_start import lp_start
+from hexgen2.scheduler.moves import Mover
+from hexgen2.scheduler.problem import SPLIT
+from hexgen2.scheduler.refine import refine
+from tests.scheduler.problems import machines, problem
 
 
 @st.composite
@@ -73,3 +78,20 @@ def test_or_tools_and_networkx_agree(seed: int) -> None:
     network = network_of(nodes, arcs)
     value, _ = nx.maximum_flow(as_graph(network), network.source, network.sink, flow_func=preflow_push)
     assert max_flow(network).value == value
+
+
+@given(machines, st.sampled_from(["hpld", "lphd"]), st.integers(0, 5))
+@settings(deadline=None, max_examples=25)
+def test_networkx_finds_our_networks_flow(given: list[tuple[str, int, float]], workload: str, seed: int) -> None:
+    case = problem(given, "opt-30b", workload)
+    start = lp_start(case.judge, case.limits, case.columns(SPLIT), case.lp(SPLIT))
+    state = refine(case.judge, Mover(case.fabric, case.limits, SPLIT), start, 30, seed, SPLIT).state
+    replicas = case.judge.replicas(state)
+    if not replicas:
+        return
+    network, unit = case.judge.network.network(replicas)
+    value, _ = nx.maximum_flow(as_graph(network), network.source, network.sink, flow_func=preflow_push)
+    assert max_flow(network).value == value
+    # Never more than replicas serve.
+    assert value * unit <= case.judge.ceiling(state)
+    check(network, max_flow(network))
