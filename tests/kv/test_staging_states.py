@@ -111,6 +111,13 @@ class StagingMachine(RuleBasedStateMachine):
     def spoil_the_next_read(self, fault: str) -> None:
         setattr(self.network, fault, 1)
 
+    @precondition(lambda self: self.live)
+    @rule(index=INDEX, fault=st.sampled_from(["drop", "corrupt", "fail"]))
+    def go_through_with_one_fault(self, index: int, fault: str) -> None:
+        self.spoil_the_next_read(fault)
+        self.produce_and_announce(index, 6)
+        self.turn(12)
+
     @rule()
     def let_dropped_reads_go_on(self) -> None:
         self.network.release()
@@ -201,5 +208,5 @@ class StagingMachine(RuleBasedStateMachine):
             self.free_staging = [*transfer.pages, *self.free_staging]
 
 
-StagingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+StagingMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestStaging = StagingMachine.TestCase
