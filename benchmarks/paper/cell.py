@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -10,6 +11,7 @@ from hexgen2 import llm as llms
 from hexgen2.arrival_trace import Row, read_arrivals
 from hexgen2.cluster_file import catalog_gpu, find_cluster
 from hexgen2.errors import ConfigError
+from hexgen2.placement import Placement
 from hexgen2.scheduler.cost_model import CostModel, even_stages
 from hexgen2.scheduler.problem import Problem
 from hexgen2.scheduler.schedule import solve
@@ -30,6 +32,8 @@ CLASSES: Mapping[str, tuple[bool, bool] | None] = {
 }
 #: Online load, as a share of what was measured offline.
 LOAD = 0.75
+#: Requests offline at most.
+MOST = 20_000
 #: Multiples of the reference latencies at which attainment is told.
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 
@@ -108,7 +112,10 @@ def work(cell: Cell, effort: Effort) -> Outcome:
         plan = solve(problem, cell.system, evaluations=effort.evaluations, seed=effort.seed)
         source, told = lengths(cell.workload, effort)
         slo = reference(problem)
-        demand = Demand(source, offline=True, num_requests=effort.offline, seed=effort.seed)
+        count = enough(plan, problem, effort.offline)
+        if source is not None:
+            source = replace(source, arrivals=cycle(source.arrivals), count=count)
+        demand = Demand(source, offline=True, num_requests=count, seed=effort.seed)
         blueprint = prepare(plan, problem, demand, codec=cell.codec, mixes=cell.mixes)
         offline = make(blueprint, demand)
         offline.run()
@@ -148,6 +155,17 @@ def work(cell: Cell, effort: Effort) -> Outcome:
             for each in plan.replicas
         ),
     )
+
+
+def enough(plan: Placement, problem: Problem, least: int) -> int:
+    """Requests that keep a plan busy for four times as long as its longest answers take (but one in a hundred)."""
+    share, tokens = 0.0, 1
+    for point in sorted(problem.workload.lengths, key=lambda point: point.output_tokens):
+        share += point.weight
+        tokens = point.output_tokens
+        if share >= 0.99:
+            break
+    return min(MOST, max(least, int(4 * plan.throughput_rps * plan.tpot_s * tokens)))
 
 
 def lengths(workload: str, effort: Effort) -> tuple[Source | None, str]:

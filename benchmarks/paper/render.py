@@ -149,10 +149,11 @@ def page(
     )
     lines += paragraph(
         f"""
-        {len(every)} cells, {used["offline"]} requests offline and {used["online"]} online each,
+        {len(every)} cells, {used["offline"]} requests or more offline and {used["online"]} online each,
         {used["evaluations"]} evaluations per plan; {traced} of them with lengths of the Azure conversation trace
         itself, the others with the built-in distributions made from it. HPLD to LPLD part it at more than 512
-        prompt and 128 output tokens. Offline: all requests at once, throughput of the middle 60 % of the time.
+        prompt and 128 output tokens. Offline: all requests at once, throughput while prefill has work and
+        answers end as often as they begin.
         Online: random times at {LOAD:.0%} of what the same system did offline. vLLM's replicas take prompts in
         chunks beside decode; the others keep to the engine profile `measured-2023`, which does not.
         """

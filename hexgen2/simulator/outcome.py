@@ -34,6 +34,7 @@ class Outcome:
     first_arrival_s: float = inf
     last_arrival_s: float = 0.0
     last_end_s: float = 0.0
+    last_first_s: float = 0.0
     ttft: Sketch = field(default_factory=Sketch)
     tpot: Sketch = field(default_factory=Sketch)
     e2e: Sketch = field(default_factory=Sketch)
@@ -59,6 +60,7 @@ class Outcome:
         self.prompt_tokens += prompt_tokens
         self.output_tokens += output_tokens
         self.last_end_s = end_s
+        self.last_first_s = max(self.last_first_s, first_s)
         self.ended.add(end_s)
         self.tokens.add(end_s, output_tokens)
         if came_s < self.warmup_s:

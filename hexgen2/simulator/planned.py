@@ -27,8 +27,10 @@ from hexgen2.simulator.step_times import PipelineTimes, Step
 
 #: The hand-off's memory that the cost model has set aside already, per GPU: ``KvConfig.send_bytes``.
 RESERVED_BYTES = 256 << 20
-#: Without another word the pools hold so many mean prompts, or one of the longest.
+#: Without another word staging holds so many mean prompts, and twice what the planned flow keeps in it.
 PROMPTS_IN_POOL = 8
+#: Steps of decode that KV is held in staging for: the one under way, its own, and one of room.
+STEPS_HELD = 3
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,13 @@ class Planned:
         cost, plan = self.problem.cost, self._plans[replica_id]
         stages = self.stages(replica_id)
         engine = cost.engine
-        pages = -(-self._pool_tokens // CHUNK_TOKENS) if role != COLOCATED else 0
         times = PipelineTimes(cost, stages, engine.max_num_batched_tokens + engine.max_num_seqs * 2 * len(stages))
-        lanes = 2 * len(stages) - 1 if role == PREFILL else self._micro_batches(stages, times, plan.batch)
+        # Prompts fill a pipeline whose links count as stages; a replica that does both has one lane per stage.
+        lanes = {PREFILL: 2 * len(stages) - 1, COLOCATED: len(stages)}.get(role) or self._micro_batches(
+            stages, times, plan.batch
+        )
+        pool = {PREFILL: self._send_tokens, DECODE: self._staging_tokens}.get(role)
+        pages = -(-pool(replica_id) // CHUNK_TOKENS) if pool is not None else 0
         limits = Limits(
             kv_tokens=self.kv_tokens(stages, pages * CHUNK_TOKENS),
             max_num_seqs=engine.max_num_seqs,
@@ -153,12 +159,16 @@ class Planned:
     def notes(self) -> tuple[str, ...]:
         """What a reader should know before trusting the figures."""
         said = []
-        needed = max((self._page_bytes(self.stages(route.prefill)) for route in self.placement.routes), default=0.0)
-        pool = -(-self._pool_tokens // CHUNK_TOKENS) * needed
-        if pool > RESERVED_BYTES:
+        pools = {}
+        for name, role in self.roles.items():
+            if role != COLOCATED:
+                pages = self.replica(name, role).send_pages
+                pools[name] = pages * self._page_bytes(self.stages(name))
+        if pools and (largest := max(pools.values())) > RESERVED_BYTES * 1.01:
+            name = max(pools, key=pools.__getitem__)
             said.append(
-                f"send buffers and staging hold {self._pool_tokens} tokens: up to {pool / 2**20:,.0f} MiB per GPU, "
-                f"taken from KV memory (set kv.send_bytes and kv.staging_bytes; {RESERVED_BYTES >> 20} MiB are usual)"
+                f"send buffers and staging take up to {largest / 2**20:,.0f} MiB per GPU ({name}) out of KV memory: "
+                f"set kv.send_bytes and kv.staging_bytes so; their default is {RESERVED_BYTES >> 20} MiB"
             )
         limit = self.problem.llm.max_position_embeddings
         if self.longest_prompt > limit:
@@ -167,10 +177,42 @@ class Planned:
             )
         return tuple(said)
 
-    @cached_property
-    def _pool_tokens(self) -> int:
+    def _send_tokens(self, replica_id: str) -> int:
+        """What keeps the pipeline full and little more: prompts that wait in the engine hold staging already."""
+        stages = self.stages(replica_id)
         mean = self.problem.workload.mean_prompt_tokens
-        return self.pool_tokens or max(self.longest_prompt, int(PROMPTS_IN_POOL * mean))
+        at_work = (2 * len(stages) - 1) * max(self.problem.cost.shared_tokens(stages), mean)
+        return self._pool(stages, 1.5 * at_work)
+
+    def _staging_tokens(self, replica_id: str) -> int:
+        """What the flow keeps there, and whatever the send buffers before it may hold for it."""
+        plan, mean = self._plans[replica_id], self.problem.workload.mean_prompt_tokens
+        flow = (PROMPTS_IN_POOL + 2 * plan.flow_rps * self._held_s) * mean
+        held = 0.0
+        for route in self.placement.routes:
+            if route.decode == replica_id:
+                sender = self._plans[route.prefill]
+                held += self._send_tokens(sender.id) * route.flow_rps / max(sender.flow_rps, route.flow_rps)
+        return self._pool(self.stages(replica_id), flow + 2 * held)
+
+    def _pool(self, stages: Stages, tokens: float) -> int:
+        """Whole prompts, in pages; at least what is usual, and never more than half of KV memory."""
+        if self.pool_tokens is not None:
+            return self.pool_tokens
+        page = CHUNK_TOKENS / self.problem.workload.mean_prompt_tokens
+        usual = CHUNK_TOKENS * RESERVED_BYTES / self._page_bytes(stages)
+        wanted = max(tokens * (1 + page), self.longest_prompt, usual)
+        return max(CHUNK_TOKENS, int(min(wanted, self.kv_tokens(stages, 0) / 2)))
+
+    @cached_property
+    def _held_s(self) -> float:
+        """How long a prompt's KV is held: while it is made, travels, and decode's engine takes it in."""
+        plans = self.placement.replicas
+        return (
+            max((each.prefill_s or 0.0 for each in plans), default=0.0)
+            + max((route.transfer_s for route in self.placement.routes), default=0.0)
+            + STEPS_HELD * max((each.tpot_s or 0.0 for each in plans if each.role == DECODE), default=0.0)
+        )
 
     def _page_bytes(self, stages: Stages) -> float:
         """Of the GPU that holds most of a page."""

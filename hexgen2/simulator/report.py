@@ -51,7 +51,7 @@ class WireUse:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """See the module. Rates are per second of the whole run; ``steady_rps`` leaves out its first and last fifth."""
+    """See the module. Rates are per second of the whole run; ``steady_rps`` leaves out how it begins and ends."""
 
     requests: int
     finished: int
@@ -92,7 +92,9 @@ def report(simulation: Simulation, price_per_hour: float | None = None) -> Repor
     lost = outcome.num_arrived - outcome.num_finished
     attained = good * outcome.num_finished / max(1, outcome.num_finished + lost)
     tokens = outcome.output_tokens / seconds
-    steady = outcome.ended.rate(begin + 0.2 * seconds, begin + 0.8 * seconds)
+    # Until the last first token there was work for all; long answers need some time before they end as often as begin.
+    full = max(outcome.last_first_s - begin, 0.0)
+    steady = outcome.ended.rate(begin + 0.4 * full, begin + full)
     return Report(
         requests=outcome.num_arrived,
         finished=outcome.num_finished,
