@@ -174,6 +174,7 @@ class GatewayConfig(Config):
     api_keys: Path | None = Field(
         None, description="file of API keys (`hexgen2 keys`): requests over HTTP and gRPC must show one"
     )
+    serve_tls: bool = Field(True, description="with tls: speak it to clients too; false on loopback or behind a proxy")
     client_certs: Literal["auto", "required", "none"] = Field(
         "auto", description="with tls: must clients show a certificate? auto: unless they must show an API key"
     )
@@ -183,15 +184,16 @@ class GatewayConfig(Config):
     def asks_certificates(self) -> bool:
         """Whether clients must show a certificate."""
         if self.client_certs == "auto":
-            return self.tls is not None and self.api_keys is None
+            return self.tls is not None and self.serve_tls and self.api_keys is None
         return self.client_certs == "required"
 
     @field_validator("client_certs")
     @classmethod
     def _check_client_certs(cls, value: str, info: ValidationInfo) -> str:
         has_tls, has_keys = (info.data.get(each) is not None for each in ("tls", "api_keys"))
+        has_tls = has_tls and info.data.get("serve_tls", True)
         if value == "required" and not has_tls:
-            raise ValueError("required needs tls")
+            raise ValueError("required needs tls and serve_tls")
         if value == "none" and has_tls and not has_keys:
             raise ValueError("none needs api_keys: anybody could use the fleet")
         return value

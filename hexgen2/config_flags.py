@@ -4,6 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from hexgen2.config import TlsConfig
+
 #: A place in a configuration: field names, outermost first.
 Place = tuple[str, ...]
 
@@ -31,7 +33,14 @@ def _changed(config: BaseModel, place: Place) -> list[tuple[Place, Any]]:
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         here = (*place, name)
-        if isinstance(value, BaseModel):
+        if isinstance(value, TlsConfig):
+            folder = value.ca.parent
+            if value != TlsConfig.model_validate(folder):
+                raise ValueError(
+                    f"tls: no flag says that {value.ca}, {value.cert} and {value.key} are not of one folder"
+                )
+            found.append((here, folder))
+        elif isinstance(value, BaseModel):
             found += _changed(value, here)
         # The engine's kind is always said: it decides which flags there are.
         elif value != field.default or here == ("engine", "kind"):

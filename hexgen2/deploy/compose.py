@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from hexgen2.config import CoordinatorConfig, GatewayConfig, WorkerConfig
+from hexgen2.callers import Caller
+from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
 from hexgen2.config_flags import flags_of
 
 GRPC_PORT, HTTP_PORT, COORDINATOR_PORT, WORKER_PORT, METRICS_PORT = 50051, 8000, 50052, 50061, 9400
@@ -22,8 +23,12 @@ GRAFANA = "docker.io/grafana/grafana:11.5.1"
 
 #: The service whose namespaces the workers share.
 NAMESPACES = "namespaces"
+#: Where every process finds its own certificates, and nobody else's.
+TLS = f"{HOME}/tls"
 
 Service = dict[str, Any]
+
+_COMPLETED = {"condition": "service_completed_successfully"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ def compose(deployment: Deployment) -> dict[str, Any]:
     services: dict[str, Service] = {}
     if deployment.default_model:
         services["model"] = _model(deployment)
-    services["coordinator"] = _coordinator(deployment.coordinator)
+    services["certs"] = _certs(deployment)
+    services["coordinator"] = _coordinator(deployment)
     shares_memory = any(worker.config.kv.transport in ("auto", "ucx") for worker in deployment.workers)
     if shares_memory:
         services[NAMESPACES] = _namespaces()
@@ -74,7 +80,7 @@ def compose(deployment: Deployment) -> dict[str, Any]:
     return {
         "name": "hexgen2",
         "services": services,
-        "volumes": {"models": None, "traces": None},
+        "volumes": dict.fromkeys(("models", "traces", "certs", *(f"certs-{role}" for role in Caller))),
     }
 
 
@@ -102,7 +108,9 @@ def _base(target: str, engine: str) -> Service:
     }
 
 
-def _service(target: str, engine: str, command: Sequence[str], check_port: int, stop_s: float) -> Service:
+def _service(
+    target: str, engine: str, role: Caller, command: Sequence[str], check: Sequence[str], stop_s: float
+) -> Service:
     return {
         **_base(target, engine),
         "command": list(command),
@@ -111,9 +119,9 @@ def _service(target: str, engine: str, command: Sequence[str], check_port: int, 
             "OTEL_EXPORTER_OTLP_ENDPOINT": "${COMPOSE_PROFILES:+http://otel-collector:4317}",
             "HEXGEN2_LOG_LEVEL": "${HEXGEN2_LOG_LEVEL:-INFO}",
         },
-        "volumes": [f"traces:{HOME}/traces"],
+        "volumes": [f"traces:{HOME}/traces", f"certs-{role}:{TLS}:ro"],
         "healthcheck": {
-            "test": ["CMD", "python", "-m", "hexgen2.rpc.health", f"127.0.0.1:{check_port}"],
+            "test": ["CMD", "python", "-m", "hexgen2.rpc.health", *check],
             "interval": "5s",
             "timeout": "5s",
             "retries": 3,
@@ -138,11 +146,36 @@ def _model(deployment: Deployment) -> Service:
     }
 
 
-def _coordinator(config: CoordinatorConfig) -> Service:
-    config = config.model_copy(
-        update={"listen": f"0.0.0.0:{COORDINATOR_PORT}", "metrics_listen": f"0.0.0.0:{METRICS_PORT}"}
+def _certs(deployment: Deployment) -> Service:
+    """Makes an authority, where there is none, and new certificates at every start; each role's has its own volume."""
+    names = ["coordinator", "gateway", *(worker.name for worker in deployment.workers), "localhost", "127.0.0.1"]
+    folder = f"{HOME}/certs"
+    return {
+        **_base("control", ""),
+        "command": ["certs", "fleet", folder, *(word for name in names for word in ("--host", name))],
+        "volumes": [f"certs:{folder}", *(f"certs-{role}:{folder}/{role}" for role in Caller)],
+        "network_mode": "none",
+        "restart": "no",
+    }
+
+
+def _coordinator(deployment: Deployment) -> Service:
+    config = deployment.coordinator.model_copy(
+        update={
+            "listen": f"0.0.0.0:{COORDINATOR_PORT}",
+            "metrics_listen": f"0.0.0.0:{METRICS_PORT}",
+            "tls": _tls(),
+        }
     )
-    return _service("control", "", ["coordinator", *flags_of(config)], COORDINATOR_PORT, config.drain_s)
+    command = ["coordinator", *flags_of(config)]
+    check = [f"127.0.0.1:{COORDINATOR_PORT}", TLS]
+    service = _service("control", "", Caller.COORDINATOR, command, check, config.drain_s)
+    service["depends_on"] = {"certs": _COMPLETED}
+    return service
+
+
+def _tls() -> TlsConfig:
+    return TlsConfig.model_validate(TLS)
 
 
 def _gateway(deployment: Deployment) -> Service:
@@ -151,9 +184,13 @@ def _gateway(deployment: Deployment) -> Service:
             "listen": f"0.0.0.0:{GRPC_PORT}",
             "http_listen": f"0.0.0.0:{HTTP_PORT}",
             "coordinator": f"coordinator:{COORDINATOR_PORT}",
+            "tls": _tls(),
+            # Published to this machine alone; see SECURITY.md before that is changed.
+            "serve_tls": False,
         }
     )
-    service = _service("control", "", ["gateway", *flags_of(config)], GRPC_PORT, config.drain_s)
+    command = ["gateway", *flags_of(config)]
+    service = _service("control", "", Caller.GATEWAY, command, [f"127.0.0.1:{GRPC_PORT}"], config.drain_s)
     service["volumes"].append(_models(deployment, read_only=True))
     service["ports"] = [
         f"${{HEXGEN2_HTTP:-127.0.0.1:{HTTP_PORT}}}:{HTTP_PORT}",
@@ -174,10 +211,12 @@ def _worker(worker: Worker, deployment: Deployment, *, shares_memory: bool) -> S
             "metrics_listen": f"0.0.0.0:{METRICS_PORT}",
             "coordinator": f"coordinator:{COORDINATOR_PORT}",
             "kv": config.kv.model_copy(update={"host": worker.name}),
+            "tls": _tls(),
         }
     )
     command = [config.role, *flags_of(config)]
-    service = _service("worker", deployment.engine, command, WORKER_PORT, config.drain_s)
+    check = [f"127.0.0.1:{WORKER_PORT}", TLS]
+    service = _service("worker", deployment.engine, Caller.WORKER, command, check, config.drain_s)
     service["volumes"].append(_models(deployment, read_only=True))
     service["environment"] |= {"OMP_WAIT_POLICY": "PASSIVE"}
     service["depends_on"] = _after(deployment)
@@ -218,7 +257,7 @@ def _namespaces() -> Service:
 def _after(deployment: Deployment) -> dict[str, Any]:
     waits: dict[str, Any] = {"coordinator": {"condition": "service_healthy"}}
     if deployment.default_model:
-        waits["model"] = {"condition": "service_completed_successfully"}
+        waits["model"] = _COMPLETED
     return waits
 
 

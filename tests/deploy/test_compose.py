@@ -67,6 +67,14 @@ def test_every_process_starts_with_flags_that_its_command_takes() -> None:
         main.commands[name].make_context(name, list(flags))
 
 
+def test_no_process_has_the_certificates_of_another_role() -> None:
+    services = compose(default_deployment(1, 1))["services"]
+    for name, role in (("coordinator", "coordinator"), ("gateway", "gateway"), ("prefill-0", "worker")):
+        mounted = [volume.split(":")[0] for volume in services[name]["volumes"] if volume.startswith("certs")]
+        assert mounted == [f"certs-{role}"]
+        assert services[name]["command"].count("--tls") == 1
+
+
 def test_flags_say_what_differs_from_the_defaults() -> None:
     (worker, *_) = default_deployment(1, 1).workers
     flags = flags_of(worker.config)
