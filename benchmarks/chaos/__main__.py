@@ -28,14 +28,14 @@ from hexgen2.cli.fleet_config import default_model
 from hexgen2.text.tokenizer import TextModel
 
 #: Requests per second that two cores take, by engine.
-RATES = {"emulated": 25.0, "vllm": 1.0}
+RATES = {"emulated": 18.0, "vllm": 1.0}
 
 
 @click.command()
 @click.option("--seconds", default=600.0, show_default=True, help="of load, over all transports")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--engine", type=click.Choice(["emulated", "vllm"]), default="emulated", show_default=True)
-@click.option("--rate", type=float, help="requests per second; default: 25, with vLLM 1")
+@click.option("--rate", type=float, help="requests per second; default: 18, with vLLM 1")
 @click.option("--transport", type=click.Choice(["both", "tcp", "ucx"]), default="both", show_default=True)
 @click.option("--cross", is_flag=True, help="two workers that serve both phases (both transports: after the others)")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="or vLLM's model; default: the default model")

@@ -28,7 +28,7 @@ from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 #: Processes with nothing running end within this.
 STOP_S = 10.0
-LOOK_S = 0.1
+LOOK_S = 0.3
 LOOK_TIMEOUT_S = 2.0
 #: The gateway's own limit. Longer than gRPC needs to find a stopped peer (30 s), so that there is time to go elsewhere.
 REQUEST_TIMEOUT_S = 45.0

@@ -86,10 +86,9 @@ def _faults(rows: tuple[Row, ...]) -> Table:
 
 
 def _states(verdict: Verdict) -> Table:
-    states = sorted({state for counts in verdict.states.values() for state in counts})
-    table = Table("fault", *states, title="strikes with a transfer in that state at the target")
+    table = Table("fault", "state of transfers at the target: strikes that found one in it")
     for kind, counts in verdict.states.items():
-        table.add_row(kind, *(str(counts.get(state, "")) for state in states))
+        table.add_row(kind, ", ".join(f"{state} {num}" for state, num in counts.items()))
     return table
 
 
