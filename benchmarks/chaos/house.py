@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ LOOK_TIMEOUT_S = 2.0
 REQUEST_TIMEOUT_S = 45.0
 
 _HUB = "10.77.0.1"
+#: Each link's own: links last as long as this process.
+_subnets = count(1)
 _PORT, _METRICS_PORT = 50061, 9100
 
 Role = Literal["prefill", "decode", "flexible"]
@@ -102,11 +105,9 @@ class House:
                 ("decode", config.num_decode),
                 ("flexible", config.num_flexible),
             ]
-            number = 0
-            for role, count in roles:
-                for index in range(count):
-                    number += 1
-                    self._add_worker(role, f"{role}-{index}", number, here, held)
+            for role, num in roles:
+                for index in range(num):
+                    self._add_worker(role, f"{role}-{index}", here, held)
             gateway = self._add(
                 "gateway",
                 GatewayConfig(
@@ -219,12 +220,13 @@ class House:
         self.members[name] = Member(process, link=link)
         return self.members[name]
 
-    def _add_worker(self, role: Role, name: str, number: int, here: Namespace | None, held: ExitStack) -> None:
+    def _add_worker(self, role: Role, name: str, here: Namespace | None, held: ExitStack) -> None:
         link = None
         if here is None:
             host = "127.0.0.1"
             address, metrics_address = _free(host, held), _free(host, held)
         else:
+            number = next(_subnets)
             near, host = f"10.77.{number}.1", f"10.77.{number}.2"
             link = Link.between(here, near, Namespace.new(), host)
             link.route_all_through(near)

@@ -22,8 +22,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Clients ping every 10 s; by default a server hangs up on pings less than five minutes apart.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Clients ping every 10 s; by default a server hangs up on pings less than five minutes apart, and so on every call
+    # that is silent for a while.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # And a client that is gone without a word must not hold memory.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),

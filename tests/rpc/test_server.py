@@ -13,9 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hexgen2.errors import ConfigError, DeadlineExceeded, HexgenError, InvalidRequest, ModelNotFound, Overloaded
+from hexgen2.rpc import client as client_module
+from hexgen2.rpc import server as server_module
 from hexgen2.rpc.client import channel, to_error
 from hexgen2.rpc.server import GrpcServer
-from hexgen2.v1 import coordinator_pb2, types_pb2
+from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -52,6 +54,30 @@ async def test_an_error_of_ours_arrives_as_it_was_raised(service: Any, stub: Any
     assert error.code().name == raised.status
     again = to_error(error)
     assert (type(again), str(again), vars(again)) == (type(raised), str(raised), vars(raised))
+
+
+async def test_a_call_that_is_silent_for_long_goes_on(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepalive pings must not look like a flood to the server. At a tenth of all times: 80 s of silence."""
+
+    def tenth(options: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        return tuple((name, value // 10 if name.endswith("_ms") else value) for name, value in options)
+
+    for module in (client_module, server_module):
+        monkeypatch.setattr(module, "_OPTIONS", tenth(module._OPTIONS))
+
+    async def unary(context: Any) -> coordinator_pb2.GetPlanResponse:
+        await asyncio.sleep(8.0)
+        return coordinator_pb2.GetPlanResponse()
+
+    service.unary = unary
+    server = GrpcServer("127.0.0.1:0")
+    server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, "hexgen2.v1.Coordinator")
+    address = await server.start()
+    try:
+        async with channel(address) as peer:
+            await coordinator_pb2_grpc.CoordinatorStub(peer).GetPlan(REQUEST)
+    finally:
+        await server.stop(0)
 
 
 async def test_overload_says_in_trailing_metadata_when_to_come_back(service: Any, stub: Any) -> None:
