@@ -5,7 +5,7 @@ python -m benchmarks.paper --traces ../shared/data --jobs 2
 
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.paper.cell import CLASSES, Cell, Effort, work
+from benchmarks.paper.cell import CLASSES, Cell, Effort, Outcome, work
 from benchmarks.paper.render import render
 from hexgen2.scheduler import speed
 
@@ -92,7 +92,7 @@ def run(asked: list[Cell], effort: Effort, kept: Path, jobs: int, minutes: float
     ):
         task = bar.add_task("cells", total=len(missing))
         waiting = list(reversed(missing))
-        running = {}
+        running: dict[Future[Outcome], Cell] = {}
         while waiting or running:
             while waiting and len(running) < jobs and time.monotonic() < end:
                 cell = waiting.pop()

@@ -70,7 +70,7 @@ def pictures(folder: Path, plain: Cells, times: Sequence[Mapping[str, Any]]) -> 
     written = []
     for model in MODELS:
         groups: dict[str, dict[str, float]] = {}
-        points = []
+        points: list[tuple[str, float, float]] = []
         for workload in CLASSES:
             row = {"DistServe, 8 H100": _tokens(plain, model, workload, BASELINE, "distserve")}
             for number, cluster in enumerate(SETTINGS, start=1):
