@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hexgen2 import certs
-from hexgen2.callers import Caller
 from hexgen2.config import TlsConfig
-from hexgen2.tls import TlsFiles
+from hexgen2.security import certs
+from hexgen2.security.callers import Caller
+from hexgen2.security.tls import TlsFiles
 
 HOSTS = ("localhost", "127.0.0.1", "::1")
 

@@ -23,7 +23,7 @@ from benchmarks.chaos.run import Load, crashes, retried, run
 from benchmarks.chaos.setting import Setting, settings
 from benchmarks.chaos.verdict import judge
 from benchmarks.chaos.watch import SpanTail
-from hexgen2 import netns
+from hexgen2.bench import netns
 from hexgen2.cli.fleet_config import default_model
 from hexgen2.text.tokenizer import TextModel
 

@@ -12,7 +12,7 @@ import httpx
 
 from benchmarks.chaos.house import House, Member
 from benchmarks.chaos.watch import OPEN, labelled, scrape
-from hexgen2.netns import Link
+from hexgen2.bench.netns import Link
 
 #: Between two faults of a lane.
 PAUSE_S = (0.2, 3.0)

@@ -19,9 +19,9 @@ import httpx
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from hexgen2.bench.netns import Link, Namespace
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.config import Config, CoordinatorConfig, EngineConfig, GatewayConfig, KvConfig, WorkerConfig
-from hexgen2.netns import Link, Namespace
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.plan_convert import status_from_proto

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 
 import msgspec
 
-from hexgen2 import netns
+from hexgen2.bench import netns
 from hexgen2.bench.kv_measure import LIFE_S, Job, Row
 from hexgen2.bench.kv_talk import SHAPE, Setup
+from hexgen2.bench.netns import Link, Namespace
 from hexgen2.errors import Unavailable
 from hexgen2.kv.ucx import NIXL_MODULES
-from hexgen2.netns import Link, Namespace
 
 HOST = "127.0.0.1"
 STAGES = ("protocol", "gather", "digest")

@@ -9,10 +9,10 @@ from typing import Any
 import click
 from rich.table import Table
 
-from hexgen2 import certs
-from hexgen2.callers import Caller
-from hexgen2.certs import CA_DAYS, LEAF_DAYS, Issued
 from hexgen2.cli.up import make_console
+from hexgen2.security import certs
+from hexgen2.security.callers import Caller
+from hexgen2.security.certs import CA_DAYS, LEAF_DAYS, Issued
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

@@ -7,7 +7,7 @@ import grpc
 
 from hexgen2.errors import HexgenError, Unavailable
 from hexgen2.rpc.client import channel, to_error
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 
 #: In what gRPC says of a handshake that failed, on either side.

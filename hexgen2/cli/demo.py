@@ -18,7 +18,7 @@ from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import answer
 from hexgen2.cli.up import make_console, running
 from hexgen2.errors import EngineFailed, HexgenError, TraceNotFound, Unavailable
-from hexgen2.tls_context import peer_context
+from hexgen2.security.tls_context import peer_context
 from hexgen2.trace_tree import draw
 from hexgen2.traces import Trace, find
 from hexgen2.v1 import gateway_pb2

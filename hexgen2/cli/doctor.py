@@ -22,7 +22,7 @@ from hexgen2.errors import HexgenError
 from hexgen2.plan import Replica, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 
 TIMEOUT_S = 5.0
 _MARKS = {State.OK: "[green]✓", State.WARNING: "[yellow]!", State.FAILED: "[red]✗"}

@@ -30,7 +30,7 @@ from hexgen2.errors import HexgenError
 from hexgen2.plan import Plan, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
-from hexgen2.tls import load_tls
+from hexgen2.security.tls import load_tls
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 #: How often a fleet that starts is looked at.

@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from hexgen2.api_keys import add_key, read_keys, remove_key
 from hexgen2.cli.up import make_console
+from hexgen2.security.api_keys import add_key, read_keys, remove_key
 
 _file = click.option("--file", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file of keys.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -27,7 +27,7 @@ from hexgen2.cli.status import show_status
 from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
 from hexgen2.errors import HexgenError
 from hexgen2.placement import load_placement, to_json
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import gateway_pb2
 
 C = TypeVar("C", bound=BaseModel)

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from hexgen2.cli.client import Access, get_plan
-from hexgen2.gateway_loads import together
+from hexgen2.coordinator.gateway_loads import together
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import GatewayLoad, Measured, Plan, Prediction, ReplicaState, ReplicaStatus, Route
 from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto, status_from_proto

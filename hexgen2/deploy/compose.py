@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from hexgen2.callers import Caller
 from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
 from hexgen2.config_flags import flags_of
+from hexgen2.security.callers import Caller
 
 GRPC_PORT, HTTP_PORT, COORDINATOR_PORT, WORKER_PORT, METRICS_PORT = 50051, 8000, 50052, 50061, 9400
 HOME = "/var/lib/hexgen2"

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hexgen2 import certs
 from hexgen2.address import check_free
 from hexgen2.config import GIB, MIB
 from hexgen2.doctor.finding import Finding, failed, ok, warning
 from hexgen2.errors import ConfigError
 from hexgen2.kv.ucx import NIXL_MODULES, has_rdma
 from hexgen2.model import load_model
+from hexgen2.security import certs
 
 #: What every process imports; a worker's engine and transport are looked at apart.
 PACKAGES = ("grpcio", "protobuf", "pydantic", "opentelemetry-sdk", "structlog", "networkx", "ortools")

@@ -24,8 +24,8 @@ from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
 from hexgen2.plan import GatewayLoad, ReplicaState, RouteLoad
 from hexgen2.routing import RouteKey
+from hexgen2.security.tls import TlsFiles
 from hexgen2.text.tokenizer import TextModel
-from hexgen2.tls import TlsFiles
 
 #: Shorter texts are tokenised faster than a thread takes over.
 _INLINE_CHARS = 4096

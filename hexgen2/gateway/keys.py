@@ -10,9 +10,9 @@ from pathlib import Path
 from time import monotonic
 
 from hexgen2 import metrics
-from hexgen2.api_keys import ApiKey, fingerprint, read_keys
 from hexgen2.errors import LimitExceeded, PermissionDenied, Unauthenticated
 from hexgen2.reload import Reloaded
+from hexgen2.security.api_keys import ApiKey, fingerprint, read_keys
 
 _MINUTE_S = 60.0
 

@@ -10,10 +10,10 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from hexgen2 import metrics
-from hexgen2.api_keys import ApiKey
 from hexgen2.engine.base import FinishReason
 from hexgen2.errors import DeadlineExceeded, HexgenError
 from hexgen2.gateway.job import Job, Operation, Usage
+from hexgen2.security.api_keys import ApiKey
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 _CLIENTS_FAULT = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED"})

@@ -14,7 +14,7 @@ from typing import Protocol
 import grpc
 
 from hexgen2.rpc.client import channel
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 
 #: A call to a lost worker goes on while something came so recently: it may be the coordinator that cannot reach it.
 SILENT_S = 3.0

@@ -7,7 +7,7 @@ from hexgen2.errors import ConfigError
 from hexgen2.kv.tcp import TcpTransport
 from hexgen2.kv.transport import MAX_ROUTES, Transport
 from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport, has_rdma, is_loopback
-from hexgen2.tls import load_tls
+from hexgen2.security.tls import load_tls
 
 
 def transport_name(config: KvConfig, tls: TlsConfig | None = None) -> str:

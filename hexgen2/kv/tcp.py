@@ -15,7 +15,7 @@ from hexgen2.kv.tcp_client import ReadConnection
 from hexgen2.kv.tcp_server import ReadServer
 from hexgen2.kv.tcp_stream import Streams
 from hexgen2.kv.transport import Span, TransportError, check_spans, merged
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,11 @@ import ssl
 from collections.abc import Sequence
 from typing import Protocol
 
-from hexgen2.callers import Caller
 from hexgen2.kv.tcp_socket import TURN_BYTES
 from hexgen2.kv.transport import TransportError
-from hexgen2.tls import TlsFiles
-from hexgen2.tls_context import Contexts, callers_at, peer_context
+from hexgen2.security.callers import Caller
+from hexgen2.security.tls import TlsFiles
+from hexgen2.security.tls_context import Contexts, callers_at, peer_context
 
 
 class Stream(Protocol):

@@ -6,7 +6,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from hexgen2 import errors
 from hexgen2.errors import HexgenError
 from hexgen2.rpc.tls import TlsChannel
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 
 MAX_MESSAGE_BYTES = 64 << 20
 

@@ -9,7 +9,7 @@ from hexgen2.errors import Unavailable
 from hexgen2.kv.handoff import FetchMessage
 from hexgen2.rpc.client import channel, to_error, trace_metadata
 from hexgen2.rpc.kv_convert import first_token_from_proto, offer_from_proto, pieces_from_proto
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
 from hexgen2.worker.receive import RemoteKv
 

@@ -16,10 +16,10 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from hexgen2 import metrics
-from hexgen2.callers import check_call
 from hexgen2.errors import HexgenError, Overloaded, PermissionDenied, Unavailable
 from hexgen2.rpc.client import ERROR_KEY, RETRY_AFTER_KEY
 from hexgen2.rpc.tls import callers_in
+from hexgen2.security.callers import check_call
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 #: Health checks and reflection: passed through as they are.

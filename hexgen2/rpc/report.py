@@ -19,7 +19,7 @@ from hexgen2.plan import GatewayLoad, Load, Plan, Replica, ReplicaState, Replica
 from hexgen2.routing import RouteKey, ready, usable_routes
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.client import channel, to_error
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2 as pb
 from hexgen2.v1 import coordinator_pb2_grpc
 

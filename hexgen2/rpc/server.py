@@ -15,7 +15,7 @@ from hexgen2.address import check_free, format_address, parse_address, port_in_u
 from hexgen2.rpc.client import MAX_MESSAGE_BYTES
 from hexgen2.rpc.interceptors import ServerInterceptor
 from hexgen2.rpc.tls import server_credentials
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would share its calls at random.
@@ -46,7 +46,7 @@ class GrpcServer:
 
     ``interceptors`` run inside the one that traces and translates errors; ``untraced`` methods get no span.
     With ``tls`` only TLS is spoken; with ``client_certs`` too only to peers with a certificate, whose roles decide what
-    they may call (``hexgen2.callers``).
+    they may call (``hexgen2.security.callers``).
     """
 
     def __init__(

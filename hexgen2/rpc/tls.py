@@ -10,8 +10,8 @@ from typing import Any
 
 import grpc
 
-from hexgen2.callers import Caller, callers_of
-from hexgen2.tls import Material, TlsFiles
+from hexgen2.security.callers import Caller, callers_of
+from hexgen2.security.tls import Material, TlsFiles
 
 #: An old connection outlives its last call by so long.
 _LINGER_S = 30.0

@@ -24,7 +24,7 @@ from hexgen2.kv.ranks import Ranks
 from hexgen2.plan import Load, Replica, ReplicaState, Role
 from hexgen2.rpc.report import REPORT_TIMEOUT_S, Reporter
 from hexgen2.rpc.server import GrpcServer, run_until_signal
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 from hexgen2.worker.aio import Gate, PageQueue, owned
 
 log = structlog.get_logger(__name__)

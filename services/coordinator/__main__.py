@@ -10,14 +10,14 @@ import structlog
 import hexgen2
 from hexgen2 import metrics, telemetry
 from hexgen2.address import check_free, parse_address
-from hexgen2.assignment import assignment_of
 from hexgen2.cli.options import run_service
 from hexgen2.config import CoordinatorConfig, home
-from hexgen2.fleet_state import Change, FleetState
-from hexgen2.fleet_store import FleetStore
+from hexgen2.coordinator.assignment import assignment_of
+from hexgen2.coordinator.state import Change, FleetState
+from hexgen2.coordinator.store import FleetStore
 from hexgen2.placement import from_json, load_placement, to_json
 from hexgen2.rpc.server import GrpcServer, run_until_signal
-from hexgen2.tls import load_tls
+from hexgen2.security.tls import load_tls
 from hexgen2.v1 import coordinator_pb2_grpc
 from services.coordinator.service import SERVICE, UNTRACED, CoordinatorService, not_kept
 

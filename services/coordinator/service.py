@@ -1,4 +1,4 @@
-"""Takes workers' reports and pushes the plan to gateways. What follows from a report is ``hexgen2.fleet_state``'s."""
+"""Takes workers' reports and pushes the plan to gateways. ``hexgen2.coordinator.state`` decides what follows."""
 
 import asyncio
 import time
@@ -8,10 +8,10 @@ from typing import Any
 import structlog
 from opentelemetry import trace
 
-from hexgen2.assignment import assignment_of
+from hexgen2.coordinator.assignment import assignment_of
+from hexgen2.coordinator.gateway_loads import GatewayLoads
+from hexgen2.coordinator.state import Change, FleetState, Snapshot
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch, Unavailable
-from hexgen2.fleet_state import Change, FleetState, Snapshot
-from hexgen2.gateway_loads import GatewayLoads
 from hexgen2.placement import from_json, to_json
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc import plan_convert as convert

@@ -11,8 +11,8 @@ from hexgen2.config import GatewayConfig
 from hexgen2.gateway.gateway import Gateway
 from hexgen2.rpc.report import PlanWatcher, report_gateway
 from hexgen2.rpc.server import GrpcServer, run_until_signal
+from hexgen2.security.tls import load_tls
 from hexgen2.text.tokenizer import TextModel
-from hexgen2.tls import load_tls
 from hexgen2.v1 import gateway_pb2_grpc
 from hexgen2.worker.aio import owned
 from services.gateway.grpc_api import GatewayServicer

@@ -9,8 +9,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from hexgen2.address import check_free, format_address, parse_address, port_in_use
-from hexgen2.tls import TlsFiles
-from hexgen2.tls_context import https_context
+from hexgen2.security.tls import TlsFiles
+from hexgen2.security.tls_context import https_context
 from services.gateway.http_guard import guarded
 
 

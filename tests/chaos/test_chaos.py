@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hexgen2 import netns
+from hexgen2.bench import netns
 from tests.models import make_tiny_llama
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hexgen2 import certs
-from hexgen2.callers import Caller
 from hexgen2.cli.doctor import doctor_command
 from hexgen2.doctor import links, machine
 from hexgen2.doctor.finding import Finding, State
+from hexgen2.security import certs
+from hexgen2.security.callers import Caller
 from tests.models import make_tiny_llama
 
 

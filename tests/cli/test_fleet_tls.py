@@ -9,7 +9,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hexgen2 import certs
 from hexgen2.cli.client import Access, generate, get_plan
 from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig
@@ -17,7 +16,8 @@ from hexgen2.cli.generate import answer
 from hexgen2.cli.main import make_request
 from hexgen2.errors import PermissionDenied, Unavailable
 from hexgen2.rpc.client import channel
-from hexgen2.tls_context import peer_context
+from hexgen2.security import certs
+from hexgen2.security.tls_context import peer_context
 from hexgen2.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.certificates import Authority
 from tests.eventually import eventually

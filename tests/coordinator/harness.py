@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import hexgen2
-from hexgen2.assignment import Assignment
-from hexgen2.fleet_state import FleetState
+from hexgen2.coordinator.assignment import Assignment
+from hexgen2.coordinator.state import FleetState
 from hexgen2.plan import Replica, Role
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.server import GrpcServer

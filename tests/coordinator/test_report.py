@@ -17,7 +17,7 @@ import grpc
 import pytest
 import structlog
 
-from hexgen2.assignment import Assignment
+from hexgen2.coordinator.assignment import Assignment
 from hexgen2.errors import Unavailable
 from hexgen2.plan import Load, Plan, Prediction, ReplicaState, Role
 from hexgen2.rpc import plan_convert as convert

@@ -19,7 +19,7 @@ from hexgen2.plan import Load, Plan, Replica, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto
 from hexgen2.rpc.plan_convert import status_from_proto
-from hexgen2.tls import TlsFiles
+from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc, gateway_pb2, gateway_pb2_grpc, types_pb2
 from tests.eventually import eventually_async
 from tests.worker.pair import Pair

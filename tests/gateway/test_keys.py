@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from hexgen2 import metrics
-from hexgen2.api_keys import ApiKey, add_key, fingerprint, read_keys, remove_key
 from hexgen2.cli.main import main
 from hexgen2.errors import ConfigError, LimitExceeded, PermissionDenied, Unauthenticated
 from hexgen2.gateway.keys import Account, Keys
+from hexgen2.security.api_keys import ApiKey, add_key, fingerprint, read_keys, remove_key
 from hexgen2.v1 import gateway_pb2
 from tests.certificates import Authority
 from tests.eventually import eventually

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hexgen2 import certs
 from hexgen2.kv.tcp import TcpTransport
 from hexgen2.kv.transport import Span, TransportError
-from hexgen2.tls import TlsFiles
+from hexgen2.security import certs
+from hexgen2.security.tls import TlsFiles
 from tests.certificates import Authority
 from tests.kv.test_tcp import outcome
 

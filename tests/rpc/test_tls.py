@@ -12,14 +12,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hexgen2 import certs, metrics
-from hexgen2.callers import Caller
+from hexgen2 import metrics
 from hexgen2.config import TlsConfig
 from hexgen2.errors import ConfigError
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.rpc.tls import TlsChannel
-from hexgen2.tls import TlsFiles
+from hexgen2.security import certs
+from hexgen2.security.callers import Caller
+from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 from tests.certificates import Authority
 from tests.eventually import eventually
@@ -253,7 +254,7 @@ def test_a_section_may_be_a_folder(tmp_path: Path) -> None:
 
 
 def test_every_method_is_somebodys() -> None:
-    from hexgen2.callers import _MAY_CALL
+    from hexgen2.security.callers import _MAY_CALL
     from hexgen2.v1 import decode_pb2, gateway_pb2, prefill_pb2
 
     methods = {

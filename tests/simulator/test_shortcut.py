@@ -3,8 +3,8 @@
 import pytest
 
 from hexgen2 import llm
-from hexgen2.assignment import assignment_of
 from hexgen2.cluster_file import find_cluster
+from hexgen2.coordinator.assignment import assignment_of
 from hexgen2.placement import Placement
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.planned import planned

@@ -22,7 +22,7 @@ from hexgen2.rpc.decode_service import DecodeService
 from hexgen2.rpc.fetch_kv import KvClient
 from hexgen2.rpc.prefill_service import PrefillService
 from hexgen2.rpc.server import GrpcServer
-from hexgen2.tls import load_tls
+from hexgen2.security.tls import load_tls
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 from hexgen2.worker.aio import Gate, PageQueue
 from hexgen2.worker.decode import DecodeWorker

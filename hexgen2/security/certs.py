@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from hexgen2.callers import SERVERS, Caller, callers_of, uri
 from hexgen2.errors import ConfigError
-from hexgen2.tls import uris_of
+from hexgen2.security.callers import SERVERS, Caller, callers_of, uri
+from hexgen2.security.tls import uris_of
 from hexgen2.write_file import write_file
 
 CA_DAYS = 3650

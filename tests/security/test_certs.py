@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from hexgen2 import certs
-from hexgen2.callers import Caller
 from hexgen2.cli.main import main
 from hexgen2.errors import ConfigError
+from hexgen2.security import certs
+from hexgen2.security.callers import Caller
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from hexgen2.coordinator.state import FleetState, Snapshot
+from hexgen2.coordinator.store import KEPT_PLANS, FleetStore
 from hexgen2.errors import ConfigError
-from hexgen2.fleet_state import FleetState, Snapshot
-from hexgen2.fleet_store import KEPT_PLANS, FleetStore
 from hexgen2.plan import Load, ReplicaState
 from tests.coordinator.harness import replica
 

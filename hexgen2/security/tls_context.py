@@ -3,9 +3,9 @@
 import ssl
 from collections.abc import Callable
 
-from hexgen2.callers import Caller, callers_of
 from hexgen2.errors import ConfigError
-from hexgen2.tls import Material, TlsFiles
+from hexgen2.security.callers import Caller, callers_of
+from hexgen2.security.tls import Material, TlsFiles
 
 
 class Contexts:

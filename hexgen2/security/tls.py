@@ -12,10 +12,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from hexgen2 import metrics
-from hexgen2.callers import Caller, callers_of
 from hexgen2.config import TlsConfig
 from hexgen2.errors import ConfigError
 from hexgen2.reload import Reloaded
+from hexgen2.security.callers import Caller, callers_of
 
 
 @dataclass(frozen=True, slots=True)

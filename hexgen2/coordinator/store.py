@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from hexgen2.coordinator.state import Snapshot
 from hexgen2.errors import ConfigError, HexgenError
-from hexgen2.fleet_state import Snapshot
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc.plan_convert import plan_from_proto, plan_to_proto
 from hexgen2.v1 import types_pb2

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from hexgen2.assignment import Assignment, all_routes, routes_among
+from hexgen2.coordinator.assignment import Assignment, all_routes, routes_among
+from hexgen2.coordinator.replica_check import check_replica
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
-from hexgen2.replica_check import check_replica
 
 #: A lost replica stays listed for so long, so that people see it.
 FORGET_AFTER_S = 60.0

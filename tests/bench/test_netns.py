@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from hexgen2.netns import Link, Namespace, why_not
+from hexgen2.bench.netns import Link, Namespace, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no network namespaces: {why_not()}")
 

@@ -10,9 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hexgen2.assignment import Assignment
+from hexgen2.coordinator.assignment import Assignment
+from hexgen2.coordinator.state import Change, FleetState
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
-from hexgen2.fleet_state import Change, FleetState
 from hexgen2.plan import Load, Prediction, Replica, ReplicaState, Role, Route
 from hexgen2.routing import route_key
 
