@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from hexgen2.config import KvConfig, VllmEngineConfig
 from hexgen2.engine.base import Sampling
 from hexgen2.errors import ConfigError
+from hexgen2.kv.codecs import CODECS, transfer_bytes
 from hexgen2.kv.wire import KvShape, RankSlice
 from tests.engine.inprocess import Store, engine
 from tests.engine.pair import pair
@@ -50,23 +51,67 @@ def test_layers_with_gaps_are_refused() -> None:
         slice_of(0, 1, 2, {0: None, 2: None})
 
 
+@pytest.fixture(scope="module")
+def three_heads(tmp_path_factory: pytest.TempPathFactory) -> VllmEngineConfig:
+    """A model that three ranks can share: each has a KV head, and a third of the padded vocabulary."""
+    folder = tmp_path_factory.mktemp("models") / "three"
+    model = make_tiny_llama(folder, num_layers=5, num_heads=3, num_kv_heads=3, vocab_size=384)
+    return VllmEngineConfig(model=model, max_model_len=1024, kv_cache_bytes=32 << 20)
+
+
+PROMPTS = [random.Random(n).choices(range(3, 259), k=n) for n in (3, 130, 700)]
+
+
+@pytest.fixture(scope="module")
+def alone(three_heads: VllmEngineConfig) -> list[list[int]]:
+    """What one engine by itself answers."""
+    with engine(Store(), three_heads, "bare") as bare:
+        return [bare.run(prompt, GREEDY.max_tokens).token_ids for prompt in PROMPTS]
+
+
 @pytest.mark.slow
-async def test_unlike_ranks_hand_over_to_each_other(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Two tensor-parallel ranks prefill, two pipeline stages decode; one engine by itself says what is right."""
-    model = make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", num_layers=5)
-    config = VllmEngineConfig(model=model, max_model_len=1024, kv_cache_bytes=32 << 20)
-    prompts = [random.Random(n).choices(range(3, 259), k=n) for n in (3, 130, 700)]
-    with engine(Store(), config, "bare") as bare:
-        expected = [bare.run(prompt, GREEDY.max_tokens).token_ids for prompt in prompts]
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        # Three layers and two on one rank each; then all layers of one head on each of three.
+        ({"pipeline_parallel_size": 2, "block_size": 64}, {"tensor_parallel_size": 3, "block_size": 128}),
+        ({"tensor_parallel_size": 3, "block_size": 128}, {"pipeline_parallel_size": 2, "block_size": 32}),
+    ],
+    ids=["stages to heads", "heads to stages"],
+)
+async def test_unlike_ranks_hand_over_to_each_other(
+    three_heads: VllmEngineConfig, alone: list[list[int]], prefill: dict[str, int], decode: dict[str, int]
+) -> None:
+    """Tensor parallelism 1 to 3 and 3 to 1, stages 2 to 1 and 1 to 2 (unlike ones), blocks of unlike sizes."""
     kv = KvConfig(transport="tcp", send_bytes=8 << 20, staging_bytes=8 << 20, landing_bytes=1 << 20)
-    two_ranks = config.model_copy(update={"tensor_parallel_size": 2})
-    two_stages = config.model_copy(update={"pipeline_parallel_size": 2})
-    async with pair(two_ranks, two_stages, kv) as workers:
-        answers = [await workers.hand_over(prompt, GREEDY) for prompt in prompts]
-        assert [answer.token_ids for answer in answers] == expected
+    first, second = (three_heads.model_copy(update=changes) for changes in (prefill, decode))
+    async with pair(first, second, kv) as workers:
+        answers = [await workers.hand_over(prompt, GREEDY) for prompt in PROMPTS]
+        assert [answer.token_ids for answer in answers] == alone
         shape = workers.prefill_engine.model.kv_shape
-        for answer, prompt in zip(answers, prompts, strict=True):
+        for answer, prompt in zip(answers, PROMPTS, strict=True):
             assert answer.kv is not None
             assert answer.kv.num_bytes == shape.bytes_per_token * len(prompt)
             assert answer.decode_cached == len(prompt)
-        assert (await workers.colocated(prompts[1], GREEDY)).token_ids == expected[1]
+        assert (await workers.colocated(PROMPTS[1], GREEDY)).token_ids == alone[1]
+
+
+@pytest.mark.slow
+async def test_unlike_dtypes_hand_over_to_each_other_in_any_codec(
+    three_heads: VllmEngineConfig, alone: list[list[int]]
+) -> None:
+    kv = KvConfig(transport="tcp", send_bytes=8 << 20, staging_bytes=8 << 20, landing_bytes=1 << 20)
+    decode = three_heads.model_copy(update={"dtype": "bfloat16"})
+    async with pair(three_heads, decode, kv) as workers:
+        shape = workers.prefill_engine.model.kv_shape
+        assert shape.dtype == "float32"
+        for codec in CODECS:
+            for prompt, expected in zip(PROMPTS, alone, strict=True):
+                answer = await workers.hand_over(prompt, GREEDY, codec)
+                # Later ones may differ: decode computes in bfloat16.
+                assert answer.token_ids[0] == expected[0]
+                assert len(answer.token_ids) == len(expected)
+                assert answer.decode_cached == len(prompt)
+                assert answer.kv is not None
+                assert answer.kv.codec == codec
+                assert answer.kv.num_bytes == transfer_bytes(codec, shape, len(prompt))
