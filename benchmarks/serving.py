@@ -12,29 +12,30 @@ import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from statistics import median
 from time import perf_counter
-from typing import Protocol
+from typing import Literal, Protocol
 
 import click
 
 from hexgen2.cli.fleet import Fleet
 from hexgen2.cli.fleet_config import FleetConfig, default_model
-from hexgen2.config import KvConfig, VllmEngineConfig
-from hexgen2.engine.base import EngineOutput, EngineRequest, Sampling
+from hexgen2.config import KvConfig, VllmEngineConfig, WorkerConfig
+from hexgen2.engine.base import Engine, EngineOutput, EngineRequest, Sampling
 from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import FirstToken
-from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
+from hexgen2.plan import Role
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto
 from hexgen2.v1 import gateway_pb2, gateway_pb2_grpc
 from hexgen2.worker.aio import PageQueue
 from hexgen2.worker.decode import DecodeJob, DecodeWorker
+from hexgen2.worker.loading import loading
 from hexgen2.worker.prefill import PrefillJob, PrefillWorker
 from hexgen2.worker.receive import RemoteKv
 
@@ -138,32 +139,20 @@ async def services(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Ask]
 
 @asynccontextmanager
 async def bare_engine(
-    engine_config: VllmEngineConfig, kv: KvConfig, role: str
-) -> AsyncIterator[tuple[object, Ranks, PageQueue]]:
+    engine_config: VllmEngineConfig, kv: KvConfig, role: Literal["prefill", "decode"]
+) -> AsyncIterator[tuple[Engine, Ranks, PageQueue]]:
     """One vLLM engine with its agents, no service around it."""
-    from hexgen2.engine.vllm import VllmEngine
-
-    async with AsyncExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-"))
-        ranks = Ranks(Path(folder) / "s", 1)
-        engine = VllmEngine(engine_config, kv, "prefill" if role == "prefill" else "decode", ranks.socket_path)
-        await ranks.start()
-        stack.push_async_callback(ranks.stop)
-        stack.push_async_callback(engine.stop)
-        stack.callback(ranks.expect_end)
-        await engine.start()
-        await ranks.wait_complete(START_TIMEOUT_S)
-        hello = ranks.hellos[0]
-        pool = PagePool(role, hello.send_pages if role == "prefill" else hello.staging_pages, kv.max_queued)
-        yield engine, ranks, PageQueue(pool, hello.page_bytes)
+    async with loading(WorkerConfig(role=role, engine=engine_config, kv=kv)) as loaded:
+        pools = await loaded.start()
+        yield loaded.engine, loaded.ranks, pools.of(Role(role))
 
 
 @asynccontextmanager
 async def pair(engine: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[AskPair]:
     """The same engines and the same hand-over, joined by function calls in one process."""
     async with bare_engine(engine, kv, "prefill") as p, bare_engine(engine, kv, "decode") as d:
-        prefill = PrefillWorker(*p)  # type: ignore[arg-type]
-        decode = DecodeWorker(*d, lambda kv, resume: prefill.fetch(kv.transfer_id, kv.token, resume=resume))  # type: ignore[arg-type]
+        prefill = PrefillWorker(*p)
+        decode = DecodeWorker(*d, lambda kv, resume: prefill.fetch(kv.transfer_id, kv.token, resume=resume))
 
         async def ask(prompt: Sequence[int], sampling: Sampling, codec: str = NONE) -> AsyncIterator[list[int]]:
             transfer_id, token, ids = secrets.token_hex(8), secrets.token_bytes(32), tuple(prompt)
@@ -199,7 +188,7 @@ async def alone(engine_config: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[
 
         async def ask(prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[list[int]]:
             request = EngineRequest(secrets.token_hex(8), tuple(prompt), sampling)
-            async with aclosing(engine.generate(request)) as outputs:  # type: ignore[attr-defined]
+            async with aclosing(engine.generate(request)) as outputs:
                 async for output in outputs:
                     yield token_ids(output)
 

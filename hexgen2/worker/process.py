@@ -4,11 +4,9 @@ import asyncio
 import os
 import secrets
 import signal
-import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 
@@ -17,69 +15,26 @@ from hexgen2 import metrics, telemetry
 from hexgen2.address import parse_address
 from hexgen2.config import EmulatedEngineConfig, WorkerConfig
 from hexgen2.engine.base import Engine
-from hexgen2.engine.make import make_engine
 from hexgen2.errors import EngineFailed
-from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.plan import Load, Replica, ReplicaState, Role
 from hexgen2.rpc.report import REPORT_TIMEOUT_S, Reporter
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.security.tls import TlsFiles
-from hexgen2.worker.aio import Gate, PageQueue, owned
+from hexgen2.worker.aio import Gate, owned
+from hexgen2.worker.loading import Pools, loading
 
 log = structlog.get_logger(__name__)
 
-#: From the engine's start to the last agent's hello; agents connect while the engine starts.
-AGENTS_TIMEOUT_S = 30.0
 #: How often the engine is asked whether it lives; what dies with requests running is noticed by them at once.
 HEALTH_INTERVAL_S = 1.0
-
-
-class Pools:
-    """Send buffers and staging, each one pool for all ranks: page numbers are the same on each, so the rank with the
-    fewest pages bounds it.
-    """
-
-    def __init__(self, config: WorkerConfig, ranks: Ranks) -> None:
-        hellos, page_bytes = ranks.hellos, sum(hello.page_bytes for hello in ranks.hellos)
-        self._queues: dict[str, PageQueue] = {}
-        for name, num_pages in (
-            ("send", min(hello.send_pages for hello in hellos)),
-            ("staging", min(hello.staging_pages for hello in hellos)),
-        ):
-            if num_pages:
-                self._queues[name] = PageQueue(PagePool(name, num_pages, config.kv.max_queued), page_bytes)
-
-    @property
-    def send(self) -> PageQueue:
-        """Of a worker that prefills."""
-        return self._queues["send"]
-
-    @property
-    def staging(self) -> PageQueue:
-        """Of a worker that decodes."""
-        return self._queues["staging"]
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests in line, in all."""
-        return sum(queue.num_waiting for queue in self._queues.values())
-
-    @property
-    def bytes_total(self) -> int:
-        """Of all."""
-        return sum(queue.bytes_total for queue in self._queues.values())
-
-    def of(self, role: Role) -> PageQueue:
-        """The one that bounds a role."""
-        return self.send if role is Role.PREFILL else self.staging
 
 
 async def run_worker(
     config: WorkerConfig,
     gate: Gate,
     register: Callable[[GrpcServer], None],
-    attach: Callable[[Engine, Ranks, "Pools"], Awaitable[None]],
+    attach: Callable[[Engine, Ranks, Pools], Awaitable[None]],
     tls: TlsFiles | None = None,
 ) -> None:
     """Serve until a signal.
@@ -92,28 +47,22 @@ async def run_worker(
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.setup(config.role, config.replica_id))
         metrics_address = stack.enter_context(metrics.metrics_served(config.metrics_listen))
-        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-")))
         server = GrpcServer(config.listen, tls=tls)
         register(server)
         address = await server.start()
         stack.push_async_callback(server.stop, 0.0)
-        engine, num_ranks = make_engine(config, run_dir / "kv.sock")
-        ranks = Ranks(run_dir / "kv.sock", num_ranks)
-        await ranks.start()
-        stack.push_async_callback(ranks.stop)
-        stack.push_async_callback(engine.stop)
-        stack.callback(ranks.expect_end)
-        pools: Pools | None = None
+        loaded = await stack.enter_async_context(loading(config))
+        engine, ranks = loaded.engine, loaded.ranks
 
         def load() -> Load:
             running, waiting = engine.num_requests()
-            if pools is not None:
-                waiting += pools.num_waiting
+            if loaded.pools is not None:
+                waiting += loaded.pools.num_waiting
             metrics.NUM_REQUESTS_RUNNING.set(running)
             metrics.NUM_REQUESTS_WAITING.set(waiting)
-            if pools is None:
+            if loaded.pools is None:
                 return Load(running, waiting)
-            memory = pools.of(reporter.replica.role)
+            memory = loaded.pools.of(reporter.replica.role)
             return Load(running, waiting, memory.bytes_used, memory.bytes_total)
 
         def take_role(role: Role, epoch: int) -> None:
@@ -124,14 +73,11 @@ async def run_worker(
         reporting = await stack.enter_async_context(owned(reporter.run()))
 
         async def start() -> None:
-            nonlocal pools
-            await engine.start()
-            await ranks.wait_complete(AGENTS_TIMEOUT_S)
+            pools = await loaded.start()
             hello = ranks.hellos[0]
             metrics.KV_TRANSPORT_INFO.labels(hello.transport, hello.transport_detail).set(1)
             if tls is not None and not hello.transport.endswith("+tls"):
                 log.warning("kv_plane_without_tls", transport=hello.transport_detail, host=config.kv.host)
-            pools = Pools(config, ranks)
             await attach(engine, ranks, pools)
             reporter.replica = replace(
                 reporter.replica,
@@ -149,7 +95,7 @@ async def run_worker(
                 address=address,
                 model=engine.model.name,
                 dtype=engine.model.dtype,
-                ranks=num_ranks,
+                ranks=loaded.num_ranks,
                 transport=hello.transport_detail,
                 kv_pool_bytes=pools.bytes_total,
             )

@@ -15,8 +15,9 @@ from hexgen2.security.tls import load_tls
 from hexgen2.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from hexgen2.worker.aio import Gate
 from hexgen2.worker.decode import DecodeWorker
+from hexgen2.worker.loading import Pools
 from hexgen2.worker.prefill import PrefillWorker
-from hexgen2.worker.process import Pools, run_worker
+from hexgen2.worker.process import run_worker
 
 
 async def serve(config: WorkerConfig) -> None:

@@ -1,22 +1,21 @@
 """Workers over real vLLM engines and real KV agents, joined without gRPC."""
 
 import secrets
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from hexgen2.config import KvConfig, VllmEngineConfig
+from hexgen2 import plan
+from hexgen2.config import KvConfig, VllmEngineConfig, WorkerConfig
 from hexgen2.engine.base import EngineOutput, SampledToken, Sampling
 from hexgen2.engine.vllm import VllmEngine
 from hexgen2.engine.vllm_args import Role
 from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import FetchMessage, FirstToken
-from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.worker.aio import PageQueue
 from hexgen2.worker.decode import DecodeJob, DecodeWorker
+from hexgen2.worker.loading import loading
 from hexgen2.worker.prefill import PrefillJob, PrefillWorker
 from hexgen2.worker.receive import KvSummary, RemoteKv
 
@@ -28,18 +27,10 @@ async def running(
     config: VllmEngineConfig, kv: KvConfig, role: Role
 ) -> AsyncIterator[tuple[VllmEngine, Ranks, PageQueue]]:
     """An engine with its agents."""
-    async with AsyncExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-"))
-        ranks = Ranks(Path(folder) / "s", config.tensor_parallel_size * config.pipeline_parallel_size)
-        engine = VllmEngine(config, kv, role, ranks.socket_path)
-        await ranks.start()
-        stack.push_async_callback(ranks.stop)
-        stack.push_async_callback(engine.stop)
-        await engine.start()
-        await ranks.wait_complete(START_TIMEOUT_S)
-        num_pages = min(h.send_pages if role == "prefill" else h.staging_pages for h in ranks.hellos)
-        page_bytes = sum(h.page_bytes for h in ranks.hellos)
-        yield engine, ranks, PageQueue(PagePool(role, num_pages, kv.max_queued), page_bytes)
+    async with loading(WorkerConfig(role=role, engine=config, kv=kv)) as loaded:
+        pools = await loaded.start()
+        assert isinstance(loaded.engine, VllmEngine)
+        yield loaded.engine, loaded.ranks, pools.of(plan.Role(role))
 
 
 @dataclass

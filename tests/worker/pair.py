@@ -1,21 +1,19 @@
 """Prefill and decode workers with emulated engines, behind real gRPC sockets, as the gateway sees them."""
 
 import secrets
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import grpc
 
-from hexgen2.config import EmulatedEngineConfig, KvConfig
+from hexgen2.config import EmulatedEngineConfig, KvConfig, WorkerConfig
 from hexgen2.engine.base import Sampling
 from hexgen2.engine.emulated import EmulatedEngine
 from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv
-from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
+from hexgen2.plan import Role
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.convert import sampling_to_proto
 from hexgen2.rpc.decode_service import DecodeService
@@ -26,6 +24,7 @@ from hexgen2.security.tls import load_tls
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
 from hexgen2.worker.aio import Gate, PageQueue
 from hexgen2.worker.decode import DecodeWorker
+from hexgen2.worker.loading import loading
 from hexgen2.worker.prefill import PrefillWorker
 from tests.certificates import Authority
 from tests.eventually import eventually
@@ -72,7 +71,7 @@ class Worker:
 
 @asynccontextmanager
 async def worker(
-    role: str,
+    role: Literal["prefill", "decode"],
     config: EmulatedEngineConfig = CONFIG,
     kv: KvConfig | None = None,
     authority: Authority | None = None,
@@ -82,17 +81,10 @@ async def worker(
     tls = authority.config(identity) if authority else None
     kv = kv or KvConfig(transport="tcp", send_bytes=1 << 20, staging_bytes=1 << 20, landing_bytes=1 << 18)
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-"))
-        ranks = Ranks(Path(folder) / "s", config.tensor_parallel_size)
-        engine = EmulatedEngine(config, kv, ranks.socket_path, tls)
-        await ranks.start()
-        stack.push_async_callback(ranks.stop)
-        stack.push_async_callback(engine.stop)
-        stack.callback(ranks.expect_end)
-        await engine.start()
-        await ranks.wait_complete(DEADLINE_S)
-        pages = min(h.send_pages if role == "prefill" else h.staging_pages for h in ranks.hellos)
-        memory = PageQueue(PagePool(role, pages, kv.max_queued), sum(h.page_bytes for h in ranks.hellos))
+        loaded = await stack.enter_async_context(loading(WorkerConfig(role=role, engine=config, kv=kv, tls=tls)))
+        engine, ranks = loaded.engine, loaded.ranks
+        assert isinstance(engine, EmulatedEngine)
+        memory = (await loaded.start()).of(Role(role))
         gate = Gate()
         server = GrpcServer("127.0.0.1:0", tls=load_tls(tls))
         if role == "prefill":

@@ -1,0 +1,95 @@
+"""An engine, the ranks that hold its KV, and the pools that bound it: made, started and stopped as one."""
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hexgen2.config import WorkerConfig
+from hexgen2.engine.base import Engine
+from hexgen2.engine.make import make_engine
+from hexgen2.kv.pool import PagePool
+from hexgen2.kv.ranks import Ranks
+from hexgen2.plan import Role
+from hexgen2.worker.aio import PageQueue
+
+#: From the engine's start to the last agent's hello; agents connect while the engine starts.
+AGENTS_TIMEOUT_S = 30.0
+
+
+class Pools:
+    """Send buffers and staging, each one pool for all ranks: page numbers are the same on each, so the rank with the
+    fewest pages bounds it.
+    """
+
+    def __init__(self, ranks: Ranks, max_queued: int) -> None:
+        hellos, page_bytes = ranks.hellos, sum(hello.page_bytes for hello in ranks.hellos)
+        self._queues: dict[str, PageQueue] = {}
+        for name, num_pages in (
+            ("send", min(hello.send_pages for hello in hellos)),
+            ("staging", min(hello.staging_pages for hello in hellos)),
+        ):
+            if num_pages:
+                self._queues[name] = PageQueue(PagePool(name, num_pages, max_queued), page_bytes)
+
+    @property
+    def send(self) -> PageQueue:
+        """Of a worker that prefills."""
+        return self._queues["send"]
+
+    @property
+    def staging(self) -> PageQueue:
+        """Of a worker that decodes."""
+        return self._queues["staging"]
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in line, in all."""
+        return sum(queue.num_waiting for queue in self._queues.values())
+
+    @property
+    def bytes_total(self) -> int:
+        """Of all."""
+        return sum(queue.bytes_total for queue in self._queues.values())
+
+    def of(self, role: Role) -> PageQueue:
+        """The one that bounds a role."""
+        return self.send if role is Role.PREFILL else self.staging
+
+
+@dataclass(slots=True)
+class Loading:
+    """What ``loading`` yields. ``pools`` are there once ``start`` has returned."""
+
+    engine: Engine
+    ranks: Ranks
+    num_ranks: int
+    max_queued: int
+    pools: Pools | None = None
+
+    async def start(self) -> Pools:
+        """Load the model and wait for every rank.
+
+        Raises:
+            EngineFailed: the engine did not start.
+            ConfigError: it cannot be started as it is configured.
+        """
+        await self.engine.start()
+        await self.ranks.wait_complete(AGENTS_TIMEOUT_S)
+        self.pools = Pools(self.ranks, self.max_queued)
+        return self.pools
+
+
+@asynccontextmanager
+async def loading(config: WorkerConfig) -> AsyncIterator[Loading]:
+    """The engine of a worker and its ranks, not yet started; whatever of them runs is stopped at the end."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hexgen2-")))
+        engine, num_ranks = make_engine(config, folder / "kv.sock")
+        ranks = Ranks(folder / "kv.sock", num_ranks)
+        await ranks.start()
+        stack.push_async_callback(ranks.stop)
+        stack.push_async_callback(engine.stop)
+        stack.callback(ranks.expect_end)
+        yield Loading(engine, ranks, num_ranks, config.kv.max_queued)
