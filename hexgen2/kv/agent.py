@@ -19,6 +19,7 @@ from time import monotonic, sleep
 import torch
 
 from hexgen2.errors import ConfigError, TransferRefused
+from hexgen2.kv import kernels
 from hexgen2.kv.codec import to_wire
 from hexgen2.kv.messages import (
     Close,
@@ -99,6 +100,8 @@ class KvAgent:
         ):
             if size < least:
                 raise ConfigError(f"kv.{name} is {size}; this model needs at least {least} per rank")
+        if device.type == "cpu":
+            kernels.prepare()
         self._transports = tuple(transports)
         self._device = device
         self._send = SendBuffer(self._layout, send_bytes, device)

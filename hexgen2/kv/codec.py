@@ -29,12 +29,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hexgen2.kv import kernels
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 # place(): bits of the number of words, the layer, the head and the chunk.
 _WORDS_BITS, _LAYER_BITS, _HEAD_BITS, _CHUNK_BITS = 20, 12, 12, 20
+_HEAD_SHIFT = _WORDS_BITS + _LAYER_BITS + _CHUNK_BITS
 # A copy and the digest of that copy go by groups of heads that stay in a core's cache between the two.
 _GROUP_BYTES = 256 << 10
 
@@ -48,29 +51,31 @@ class DigestKey:
         device: where the pieces are.
     """
 
-    __slots__ = ("_multipliers", "_on_device", "_place_factor", "max_words")
+    __slots__ = ("_multipliers", "_on_device", "_place_factor", "_place_step", "max_words")
 
     def __init__(self, token: bytes, max_words: int, device: "torch.device | str" = "cpu") -> None:
         if not 0 < max_words < 1 << _WORDS_BITS:
             raise ValueError(f"max_words: {max_words} is not between 1 and {(1 << _WORDS_BITS) - 1}")
         self.max_words = max_words
         self._multipliers, self._place_factor = _expand(token, max_words)
+        self._place_step = _signed(self._place_factor << _HEAD_SHIFT)
         device = torch.device(device)
         self._on_device = torch.from_numpy(self._multipliers).to(device) if device.type != "cpu" else None
 
-    def _places(self, layer: int, chunk: int, heads: range, num_words: int) -> list[int]:
+    def _first_place(self, layer: int, chunk: int, heads: range, num_words: int) -> int:
+        """What ``place`` adds to the first head's digest; to each further one ``_place_step`` more."""
         for name, value, bits in (("layer", layer, _LAYER_BITS), ("chunk", chunk, _CHUNK_BITS)):
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"{name}: {value} is not between 0 and {(1 << bits) - 1}")
         if heads.start < 0 or heads.stop > 1 << _HEAD_BITS:
             raise ValueError(f"heads: {heads} is not within 0 to {(1 << _HEAD_BITS) - 1}")
         rest = (chunk << _LAYER_BITS | layer) << _WORDS_BITS | num_words
-        shift = _WORDS_BITS + _LAYER_BITS + _CHUNK_BITS
-        return [_signed(self._place_factor * (head << shift | rest)) for head in heads]
+        return _signed(self._place_factor * (heads.start << _HEAD_SHIFT | rest))
 
-    def _digests(self, words: torch.Tensor, places: list[int]) -> torch.Tensor:
+    def _digests(self, words: torch.Tensor, first_place: int) -> torch.Tensor:
         """``words``: int32 [head, part, word] on any strides but the last; returns int64 [head]."""
-        parts, length = words.shape[1:]
+        heads, parts, length = words.shape
+        places = [_signed(first_place + head * self._place_step) for head in range(heads)]
         if self._on_device is None:
             # einsum casts in small buffers and multiplies in int64, wrapping: no temporaries, 5 GB/s on one thread.
             table = self._multipliers[: parts * length].reshape(parts, length)
@@ -98,8 +103,8 @@ def digest(piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first
     heads, parts, length = words.shape
     if parts * length > key.max_words:
         raise ValueError(f"piece: {parts * length} words per head, the key was made for {key.max_words}")
-    places = key._places(layer, chunk, range(first_head, first_head + heads), parts * length)
-    return key._digests(words, places)
+    first_place = key._first_place(layer, chunk, range(first_head, first_head + heads), parts * length)
+    return key._digests(words, first_place)
 
 
 def copy_and_digest(
@@ -112,7 +117,15 @@ def copy_and_digest(
     if dst.shape != src.shape:
         raise ValueError(f"shapes differ: {tuple(dst.shape)} and {tuple(src.shape)}")
     heads = dst.shape[0]
-    # On a GPU one launch is best; on a CPU, digest what is still in the cache.
+    if dst.device.type == "cpu" and src.device.type == "cpu":
+        head_bytes = dst.numel() * dst.element_size() // heads
+        if head_bytes > 4 * key.max_words:
+            raise ValueError(f"piece: {head_bytes} bytes per head, the key was made for {4 * key.max_words}")
+        first_place = key._first_place(layer, chunk, range(first_head, first_head + heads), head_bytes // 4)
+        sums = kernels.copy_and_sum(dst, src, key._multipliers, first_place, key._place_step)
+        if sums is not None:
+            return torch.from_numpy(sums)
+    # On a GPU one launch is best; on a CPU without the kernel, digest what is still in the cache.
     step = heads if dst.is_cuda else max(1, _GROUP_BYTES * heads // max(1, dst.numel() * dst.element_size()))
     if step >= heads:
         dst.copy_(src)
@@ -127,7 +140,7 @@ def copy_and_digest(
 
 def to_wire(digests: torch.Tensor) -> tuple[int, ...]:
     """As the ``fixed64`` values that travel."""
-    return tuple(value & _MASK for value in digests.tolist())
+    return tuple(digests.view(torch.uint64).tolist())
 
 
 def _as_words(piece: torch.Tensor) -> torch.Tensor:
@@ -138,10 +151,18 @@ def _as_words(piece: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"piece: {head_bytes} bytes per head, not a multiple of 4")
     if not piece.is_contiguous():
         rows = piece.flatten(2) if piece.dim() == 4 else piece
-        if piece.dim() == 4 and rows.stride(2) == 1 and rows.shape[2] * item_bytes % 4 == 0:
+        if piece.dim() == 4 and rows.stride(2) == 1 and _are_words(rows):
             return rows.view(torch.int32)
         piece = piece.contiguous()
+    if not _are_words(piece):
+        piece = piece.clone()
     return piece.view(heads, -1).view(torch.int32).view(heads, 1, -1)
+
+
+def _are_words(piece: torch.Tensor) -> bool:
+    """Whether every row but the last dimension's begins, and ends, where a word does."""
+    steps = (piece.storage_offset(), piece.shape[-1] if piece.dim() > 2 else 0, *piece.stride()[:-1])
+    return all(step * piece.element_size() % 4 == 0 for step in steps)
 
 
 def _expand(token: bytes, num_words: int) -> "tuple[NDArray[np.int64], int]":

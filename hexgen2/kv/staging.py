@@ -28,6 +28,8 @@ class _Recv:
     request: OpenRecv
     format: PieceFormat
     sources: dict[int, Source]
+    #: The senders' pages, by rank.
+    layouts: dict[int, PageLayout]
     picks: dict[tuple[int, int], list[Pick]]
     num_remaining: int
     claim: Claim = field(default_factory=Claim)
@@ -106,7 +108,8 @@ class Staging:
         self.num_pages = staging_bytes // layout.page_bytes
         self.reads: Reads[_Job] = Reads(transports, landing_bytes, layout.slot_bytes, device, stall_s)
         self._transports = tuple(transports)
-        self._pages = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
+        pages = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
+        self._values = pages.view(TORCH_DTYPE[layout.shape.dtype])
         self._recvs: dict[str, _Recv] = {}
         self._lock = Lock()
         # The agent's thread's: it alone verifies.
@@ -129,6 +132,7 @@ class Staging:
             request=request,
             format=piece_format,
             sources={s.slice.rank: s for s in request.sources},
+            layouts={s.slice.rank: PageLayout(shape, s.slice) for s in request.sources},
             picks=picks,
             num_remaining=sum(map(len, picks.values())) * num_chunks(request.num_tokens),
         )
@@ -140,7 +144,7 @@ class Staging:
             return
         for piece in pieces:
             source = recv.sources[piece.rank]
-            theirs = PageLayout(replace(self.layout.shape, dtype=recv.request.dtype), source.slice)
+            theirs = recv.layouts[piece.rank]
             start, stop = chunk_span(piece.chunk, recv.request.num_tokens)
             per_head = recv.format.head_bytes(stop - start)
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
@@ -200,9 +204,11 @@ class Staging:
 
     def piece(self, page: int, layer: int, num_tokens: int) -> torch.Tensor:
         """View of ``[kv_head, 2, token, head_dim]`` in a page."""
-        at = page * self.layout.page_bytes + self.layout.piece_offset(layer)
-        flat = self._pages[at : at + self.layout.piece_bytes(num_tokens)].view(TORCH_DTYPE[self.layout.shape.dtype])
-        return flat.view(self.layout.slice.num_kv_heads, 2, num_tokens, self.layout.shape.head_dim)
+        heads, head_dim = self.layout.slice.num_kv_heads, self.layout.shape.head_dim
+        at = (page * self.layout.page_bytes + self.layout.piece_offset(layer)) // self._values.element_size()
+        row = num_tokens * head_dim
+        # One call into torch: pieces are small enough for each to count.
+        return self._values.as_strided((heads, 2, num_tokens, head_dim), (2 * row, row, head_dim, 1), at)
 
     def _verify(self, job: _Job, landed: torch.Tensor) -> list[ToService]:
         recv, pick = job.recv, job.pick

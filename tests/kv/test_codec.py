@@ -5,8 +5,9 @@ from hashlib import shake_128
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
+from hexgen2.kv import kernels
 from hexgen2.kv.codec import DigestKey, copy_and_digest, digest, to_wire
 
 MAX_WORDS = 1024
@@ -187,6 +188,74 @@ def test_large_heads_are_copied_in_groups() -> None:
     piece = torch.randn(5, 2, 128, 256, generator=torch.Generator().manual_seed(1))
     dst = torch.empty_like(piece)
     assert copy_and_digest(dst, piece, key, layer=0, chunk=0, first_head=0).tolist() == of(piece, key, 0, 0, 0)
+
+
+@pytest.fixture(params=["numba", "numpy"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Either way to copy and digest on a CPU."""
+    name = str(request.param)
+    if name == "numba":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(kernels, "_compiled", lambda: None)
+    return name
+
+
+DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.uint8))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    heads=st.integers(1, 5),
+    parts=st.integers(1, 2),
+    tokens=st.integers(1, 9),
+    dim=st.integers(1, 12),
+    dtype=DTYPES,
+    orders=st.tuples(*[st.permutations(range(4))] * 2),
+    pads=st.tuples(*[st.tuples(*[st.integers(0, 3)] * 4)] * 2),
+    seed=st.integers(0, 2**32),
+)
+def test_any_shape_and_strides_give_the_digest_of_the_bytes(
+    kernel: str,
+    heads: int,
+    parts: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    orders: tuple[list[int], list[int]],
+    pads: tuple[tuple[int, ...], tuple[int, ...]],
+    seed: int,
+) -> None:
+    """Views into larger memory, axes in any order, rows at any offset; what lies around the copy stays as it is."""
+    shape = (heads, parts, tokens, dim)
+    assume(parts * tokens * dim * dtype.itemsize % 4 == 0)
+    generator = torch.Generator().manual_seed(seed)
+
+    def view(whole: torch.Tensor, which: int) -> torch.Tensor:
+        back = [orders[which].index(axis) for axis in range(4)]
+        return whole.view(dtype).permute(back)[tuple(slice(extra, None) for extra in pads[which])]
+
+    wholes = []
+    for order, pad in zip(orders, pads, strict=True):
+        *sizes, last = (shape[axis] + pad[axis] for axis in order)
+        size = (*sizes, last * dtype.itemsize)
+        wholes.append(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8))
+    src, dst = (view(whole, which) for which, whole in enumerate(wholes))
+    expected = wholes[1].clone()
+    view(expected, 1).copy_(src)
+    digests = copy_and_digest(dst, src, KEY, layer=3, chunk=5, first_head=2)
+    assert torch.equal(wholes[1], expected)
+    assert to_wire(digests) == tuple(
+        reference_digest(head.flatten().view(torch.uint8).numpy().tobytes(), TOKEN, MAX_WORDS, 3, 5, 2 + i)
+        for i, head in enumerate(src.clone(memory_format=torch.contiguous_format))
+    )
+
+
+def test_the_kernel_does_not_bend_to_what_it_cannot_do() -> None:
+    """Rows that are not whole words are NumPy's."""
+    piece = torch.zeros(2, 2, 4, 3, dtype=torch.bfloat16)
+    key = DigestKey(TOKEN, MAX_WORDS)
+    assert kernels.copy_and_sum(piece.transpose(1, 2), piece.transpose(1, 2), key._multipliers, 0, 0) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

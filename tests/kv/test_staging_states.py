@@ -170,7 +170,10 @@ class StagingMachine(RuleBasedStateMachine):
         assert self.staging.reads.num_open == 0
         assert sorted(self.staging.reads._slots) == list(range(SLOTS))
         assert self.send.num_open == 0
-        # All of it can be used again.
+        # All of it can be used again, without waiting for routes that rest after faults.
+        for peer in self.staging.reads._peers.values():
+            for route in peer.routes:
+                route.rests_until = 0.0
         self.network.corrupt = self.network.fail = 0
         self.begin(3 * CHUNK_TOKENS)
         self.produce_and_announce(0, 6)
