@@ -204,7 +204,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.uint8))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     heads=st.integers(1, 5),
     parts=st.integers(1, 2),
