@@ -9,6 +9,7 @@ from rich.table import Table
 
 from hexgen2.cli.lazy import LazyCommand
 from hexgen2.scheduler import compare, quality, speed
+from hexgen2.scheduler.exhaustive import MOST_STATES
 from hexgen2.scheduler.schedule import EVALUATIONS
 from hexgen2.scheduler.search import STRATEGIES
 
@@ -71,11 +72,17 @@ def bench_strategies(clusters: tuple[str, ...], workloads: tuple[str, ...], as_j
 @click.option(
     "--instances", type=click.IntRange(min=1), default=50, show_default=True, help="Small clusters to compare on."
 )
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which random clusters.")
+@click.option("--least-states", type=click.IntRange(min=1), default=20, show_default=True, help="Of an instance.")
+@click.option(
+    "--most-states", type=click.IntRange(1, MOST_STATES), default=60_000, show_default=True, help="Of an instance."
+)
+@click.option("--max-gpus", type=click.IntRange(min=4), default=7, show_default=True, help="Of an instance.")
 @as_json
-def bench_quality(instances: int, as_json: bool) -> None:
+def bench_quality(instances: int, as_json: bool, **options: Any) -> None:
     """Plans against exhaustive search, on small random clusters; a third of them have slow network cards."""
     rows = []
-    for args in quality.instances(instances):
+    for args in quality.instances(instances, **options):
         rows.append(quality.compare(*args))
         if not as_json:
             row = rows[-1]

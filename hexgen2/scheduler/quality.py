@@ -46,9 +46,14 @@ class Row:
         return asdict(self)
 
 
-def instances(count: int, *, most_states: int = 60_000, max_gpus: int = 7) -> Iterator[tuple[int, bool, Problem, int]]:
-    """(number, slow cards, problem, number of states) of clusters that hold the model twice; the same for ever."""
-    number = seed = 0
+def instances(
+    count: int, *, seed: int = 0, least_states: int = 20, most_states: int = 60_000, max_gpus: int = 7
+) -> Iterator[tuple[int, bool, Problem, int]]:
+    """(number, slow cards, problem, number of states) of clusters that hold the model twice.
+
+    The same for ever, by ``seed``: clusters are drawn from the seeds that follow it.
+    """
+    number = 0
     while number < count:
         seed += 1
         slow = number % 3 == 0
@@ -60,7 +65,7 @@ def instances(count: int, *, most_states: int = 60_000, max_gpus: int = 7) -> It
             size = sum(1 for _ in states(problem.judge, problem.limits, SPLIT, most_states))
         except ConfigError:
             continue
-        if size >= 20:
+        if size >= least_states:
             yield number, slow, problem, size
             number += 1
 
