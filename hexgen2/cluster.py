@@ -4,6 +4,8 @@ Read from ``cluster.yaml`` by ``cluster_file``; GPU types come from the catalog 
 """
 
 from functools import cached_property
+from itertools import combinations
+from math import fsum
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -96,9 +98,9 @@ class Cluster(Part):
 
     @cached_property
     def price_per_hour(self) -> float | None:
-        """$/h of everything; None when any machine has no price."""
+        """$/h of everything, to the same bits in any order of machines; None when any machine has no price."""
         prices = [self.machine_price_per_hour(machine) for machine in self.machines]
-        return None if any(price is None for price in prices) else sum(price or 0.0 for price in prices)
+        return None if any(price is None for price in prices) else fsum(price or 0.0 for price in prices)
 
     def bandwidth(self, one: Machine, other: Machine) -> float:
         """Bytes/s one way between two machines, or between two GPUs of one machine."""
@@ -115,6 +117,17 @@ class Cluster(Part):
         link = self._link(one, other)
         nic = max(one.nic_latency_s, other.nic_latency_s)
         return nic if link is None else max(nic, link.latency_s)
+
+    def sites_by_cards_alone(self) -> list[tuple[str, str]]:
+        """Pairs of sites with machines that no link of this cluster joins: only their network cards limit these."""
+        by_site: dict[str, list[Machine]] = {}
+        for machine in self.machines:
+            by_site.setdefault(machine.site, []).append(machine)
+        return [
+            (a, b)
+            for a, b in combinations(sorted(by_site), 2)
+            if any(self._link(one, other) is None for one in by_site[a] for other in by_site[b])
+        ]
 
     def _link(self, one: Machine, other: Machine) -> Link | None:
         found = self._links.get(frozenset((one.name, other.name)))

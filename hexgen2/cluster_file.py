@@ -25,11 +25,17 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: Slower links carry no KV in any useful time, and their tiny numbers would drown in those of the others.
+LEAST_BANDWIDTH, MOST_LATENCY_S = 1000.0, 60.0
+
+
 class LinkNumbers(Part):
     """A link as measured."""
 
-    bandwidth_bytes_per_s: Positive = Field(description="one way")
-    latency_s: NotNegative = Field(description="of one hop")
+    bandwidth_bytes_per_s: Annotated[float, Field(ge=LEAST_BANDWIDTH, allow_inf_nan=False)] = Field(
+        description="one way"
+    )
+    latency_s: Annotated[float, Field(ge=0, le=MOST_LATENCY_S, allow_inf_nan=False)] = Field(description="of one hop")
 
 
 #: What pydantic puts into the place of a problem within a link; nothing that a reader wrote.
@@ -234,11 +240,18 @@ def _between(
     specs: tuple[BetweenSpec, ...], known: set[str], field: str, where: Callable[[Place], str]
 ) -> tuple[Link, ...]:
     links = []
+    seen: dict[frozenset[str], int] = {}
     for number, spec in enumerate(specs):
         place: Place = (field, number)
         for end, name in enumerate(spec.between):
             if name not in known:
                 raise ConfigError(f"{where((*place, 'between', end))}no `{name}`; {did_you_mean(name, sorted(known))}")
+        ends = frozenset(spec.between)
+        if len(ends) == 1:
+            raise ConfigError(f"{where((*place, 'between'))}`{spec.between[0]}` is linked to itself")
+        if ends in seen:
+            raise ConfigError(f"{where((*place, 'between'))}{field}.{seen[ends]} links these two already")
+        seen[ends] = number
         numbers = link_numbers(spec.link, (*place, "link"), where)
         links.append(
             Link(

@@ -276,7 +276,7 @@ class KvNetwork:
         times, caps = [], []
         for column, (i, j, codec) in enumerate(pairs):
             for end in {i, j}:
-                busy = 0.0 if codec is PLAIN else replicas[end].codec_s * replicas[end].rps
+                busy = 0.0 if codec == PLAIN else replicas[end].codec_s * replicas[end].rps
                 put(end, replicas[end].rps / unit, column, 1.0 + busy)
             loads: dict[Wire, float] = defaultdict(float)
             for end in {i, j}:

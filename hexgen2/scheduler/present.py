@@ -14,7 +14,7 @@ from hexgen2.placement import (
 from hexgen2.scheduler.fabric import Fabric
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
 from hexgen2.scheduler.kv_network import Routed, Wire
-from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
+from hexgen2.scheduler.problem import MIXED, WHOLE, Problem
 from hexgen2.scheduler.search import Found
 from hexgen2.scheduler.state import Group, State
 
@@ -22,6 +22,8 @@ from hexgen2.scheduler.state import Group, State
 USUAL_LOAD = 0.75
 #: Shares of capacity above which a replica or link is called full.
 FULL = 0.999
+#: A kind of plan that carries less than one part in so many is not compared by percentages.
+HARDLY = 1000
 
 
 def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: tuple[str, ...] | None) -> Placement:
@@ -168,15 +170,13 @@ def _why(problem: Problem, found: Found, kind: str, rps: float) -> str:
         if whole < rps:
             return f"prefill and decode apart carry {_more(rps, whole)} than colocated replicas could at best"
         return f"prefill and decode apart carry {_more(rps, best['colocated'])} than the best colocated replicas found"
-    if "disaggregated" in best and best["disaggregated"] > 0:
+    if "disaggregated" in best and best["disaggregated"] < rps / HARDLY:
+        return "not disaggregated: links between prefill and decode apart would carry next to nothing"
+    if "disaggregated" in best:
         return f"not all disaggregated: this carries {_more(rps, best['disaggregated'])} than prefill and decode apart"
-    if not _two_fit(problem):
-        return "not disaggregated: the cluster holds the model once, and prefill and decode apart need it twice"
+    if reason := problem.why_not_apart():
+        return f"not disaggregated: {reason}"
     return f"{kind} replicas, as asked for"
-
-
-def _two_fit(problem: Problem) -> bool:
-    return problem.bound(SPLIT).rps > 0
 
 
 def _more(rps: float, other: float) -> str:

@@ -52,7 +52,7 @@ class Problem:
     @cached_property
     def assumptions(self) -> tuple[str, ...]:
         """What its plans take for granted, in sentences."""
-        return assumptions(self.llm, self.workload, self.cluster.gpu_types, self.engine)
+        return assumptions(self.llm, self.workload, self.cluster, self.engine)
 
     @cached_property
     def strategies(self) -> Strategies:
@@ -129,6 +129,14 @@ class Problem:
             quick = self.fabric.num_gpus > MILP_GPUS // 2
             self._bounds[key] = milp_bound(self.columns(roles), self.supply, self.site_links, quick=quick)
         return self._bounds[key]
+
+    def why_not_apart(self) -> str:
+        """Why prefill and decode cannot be on groups of their own; empty when they can."""
+        if self.bound(SPLIT).rps > 0:
+            return ""
+        if self.site_links and milp_bound(self.columns(SPLIT), self.supply, quick=True).rps > 0:
+            return "no site holds the model twice, and the links between sites carry next to no KV"
+        return "the cluster holds the model once, and prefill and decode apart need it twice"
 
     def check(self) -> None:
         """Raises ConfigError, saying what would help, when no group can serve the model."""

@@ -69,17 +69,18 @@ def solve(
     problem.check()
     roles = KINDS[kind]
     if roles is not None and problem.bound(roles).rps <= 0:
+        reason = f": {problem.why_not_apart()}" if roles == SPLIT else ""
         raise ConfigError(
-            f"kind {kind}: cluster {problem.cluster.name} cannot hold model {problem.llm.name} "
-            f"{'twice, once for each phase' if roles == SPLIT else 'so'}; without --kind the best there is, is planned"
+            f"kind {kind}: cluster {problem.cluster.name} cannot serve model {problem.llm.name} so{reason}; "
+            "without --kind the best there is, is planned"
         )
     if roles is not None and name not in CHOOSING:
         raise ConfigError(f"kind {kind}: strategy {name} plans one kind alone; {' and '.join(CHOOSING)} have a choice")
     effort = Effort(evaluations, seed, jobs, roles, progress=progress)
     found = strategy(name)(problem, effort)
     if found.flow <= 0:
-        twice = "" if problem.bound(SPLIT).rps > 0 else "; prefill and decode apart need room for the model twice"
+        reason = f"; {why}" if (why := problem.why_not_apart()) else ""
         raise ConfigError(
-            f"strategy {name}: no plan found that serves model {problem.llm.name} on {problem.cluster.name}{twice}"
+            f"strategy {name}: no plan found that serves model {problem.llm.name} on {problem.cluster.name}{reason}"
         )
     return placement(problem, found, name, seed, roles)

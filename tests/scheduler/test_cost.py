@@ -45,7 +45,7 @@ sizes = st.sampled_from([1, 2, 4, 8])
 gpus = st.sampled_from(GPUS)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(gpus, sizes, st.integers(1, 8000), st.integers(1, 8))
 def test_prefill_is_no_faster_than_the_nominal_speeds_allow(gpu: str, tp: int, prompt: int, batch: int) -> None:
     kind, shape = catalog_gpu(gpu), llm.find(MODEL)
@@ -54,7 +54,7 @@ def test_prefill_is_no_faster_than_the_nominal_speeds_allow(gpu: str, tp: int, p
     assert seconds > shape.num_layers * shape.layer_bytes / tp / kind.memory_bandwidth_bytes_per_s
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(gpus, sizes, st.integers(1, 200), st.integers(1, 8000))
 def test_a_decode_step_reads_all_weights_and_all_cached_tokens(gpu: str, tp: int, batch: int, context: int) -> None:
     kind, shape = catalog_gpu(gpu), llm.find(MODEL)
@@ -63,7 +63,7 @@ def test_a_decode_step_reads_all_weights_and_all_cached_tokens(gpu: str, tp: int
     assert seconds > read / tp / kind.memory_bandwidth_bytes_per_s
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(gpus, sizes, st.integers(1, 4000), st.integers(1, 64))
 def test_more_work_takes_no_less_time(gpu: str, tp: int, tokens: int, batch: int) -> None:
     def prefill(prompt: int, together: int) -> float:
@@ -276,6 +276,7 @@ def test_batches_to_choose_from_are_dense_and_end_at_the_limit() -> None:
     assert all(1 < ratio <= 1.04 for ratio in grid[40:] / grid[39:-1])
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.floats(1.2, 8))
 def test_a_blended_maximum_is_between_the_maximum_and_the_sum(one: float, other: float, blend: float) -> None:
     found = float(blended_max(one, other, blend))

@@ -1,16 +1,21 @@
 """Properties that every plan has, on small random clusters."""
 
 import dataclasses
+import pickle
 import re
 from collections import Counter
+from itertools import islice
 from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hexgen2 import llm as llms
+from hexgen2.cluster_file import make_cluster
 from hexgen2.errors import ConfigError
 from hexgen2.placement import Placement, to_yaml
+from hexgen2.scheduler.exhaustive import states
 from hexgen2.scheduler.fabric import Fabric, Parts
 from hexgen2.scheduler.groups import Choice, Groups
 from hexgen2.scheduler.lp_start import lp_start
@@ -21,6 +26,7 @@ from hexgen2.scheduler.refine import refine
 from hexgen2.scheduler.schedule import solve
 from hexgen2.scheduler.search import Effort, hexgen2
 from hexgen2.scheduler.state import Group, Judge, State, parts_of
+from hexgen2.workload_file import find_workload
 from tests.scheduler.problems import machines, problem
 
 Machines = list[tuple[str, int, float]]
@@ -101,6 +107,16 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_jobs() -> Non
     first = to_yaml(plan(problem(case, "opt-30b"), "disaggregated", seed=3))
     assert to_yaml(plan(problem(case, "opt-30b"), "disaggregated", seed=3)) == first
     assert to_yaml(plan(problem(case, "opt-30b"), "disaggregated", seed=3, jobs=2)) == first
+
+
+@pytest.mark.parametrize("codecs", [("none",), ("none", "int8")])
+def test_a_problem_that_went_to_another_process_is_judged_alike(codecs: tuple[str, ...]) -> None:
+    case = dataclasses.replace(problem([("A100-SXM", 3, 0.25), ("L40", 2, 0.25)], "opt-30b"), codecs=codecs)
+    assert case.judge, "made before it goes, as a search's is"
+    far = pickle.loads(pickle.dumps(case))
+    for state in islice(states(case.judge, case.limits, SPLIT, 10_000), 150):
+        assert far.judge.flow(state) == case.judge.flow(state)
+        assert far.judge.verified(state) == case.judge.verified(state)
 
 
 @given(machines, st.sampled_from(["opt-30b", "llama-3.1-8b"]))
@@ -201,7 +217,7 @@ def test_too_little_memory_is_told_with_numbers() -> None:
 
 
 def test_disaggregation_that_does_not_fit_is_refused_when_asked_for() -> None:
-    with pytest.raises(ConfigError, match="twice, once for each phase"):
+    with pytest.raises(ConfigError, match="prefill and decode apart need it twice"):
         plan(problem([("A100-SXM", 2, 12.5)], model="llama-2-70b"), "disaggregated")
 
 
@@ -210,3 +226,22 @@ def test_limits_that_nothing_meets_are_told() -> None:
     hurried = dataclasses.replace(case, workload=case.workload.model_copy(update={"tpot_s": 1e-6, "ttft_s": 1e-6}))
     with pytest.raises(ConfigError, match="ttft_s 1e-06 s, tpot_s 1e-06 s"):
         plan(hurried)
+
+
+def apart(gpus_of_a_site: int) -> Problem:
+    """Two sites between which KV takes days."""
+    fields = {
+        "machines": [
+            {"name": site, "site": site, "gpus": {"A100-SXM": gpus_of_a_site}, "nic": "100gbe"} for site in ("a", "b")
+        ],
+        "site_links": [{"between": ["a", "b"], "link": {"bandwidth_bytes_per_s": 1000, "latency_s": 0.01}}],
+    }
+    return Problem(make_cluster(fields), llms.find("llama-2-70b"), find_workload("hphd"))
+
+
+def test_sites_that_hold_the_model_once_each_and_hardly_reach_each_other_are_colocated_and_told_why() -> None:
+    found = plan(apart(2))
+    assert found.kind == "colocated"
+    assert found.why == "not disaggregated: links between prefill and decode apart would carry next to nothing"
+    with pytest.raises(ConfigError, match="no site holds the model twice, and the links between sites carry next to"):
+        plan(apart(2), "disaggregated")
