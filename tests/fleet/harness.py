@@ -46,10 +46,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Peer:
-    """One worker's address and a channel to it."""
+    """One worker's address and channels to it, as a gateway's and as another worker's."""
 
     address: str
     channel: grpc.aio.Channel
+    worker_channel: grpc.aio.Channel
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Running:
     coordinator: grpc.aio.Channel
     workers: dict[str, Peer]
     plan: Plan
+    #: A worker's certificates, in a fleet that speaks TLS.
+    worker_tls: TlsFiles | None
 
     @property
     def pair(self) -> Pair:
@@ -135,11 +138,13 @@ async def running(config: FleetConfig) -> AsyncIterator[Running]:
         plan = await fleet.plan()
         workers = {
             replica.replica_id: Peer(
-                replica.address, await stack.enter_async_context(channel(replica.address, tls("gateway")))
+                replica.address,
+                await stack.enter_async_context(channel(replica.address, tls("gateway"))),
+                await stack.enter_async_context(channel(replica.address, tls("worker"))),
             )
             for replica in plan.replicas
         }
-        yield Running(fleet, gateway, coordinator, workers, plan)
+        yield Running(fleet, gateway, coordinator, workers, plan, tls("worker"))
 
 
 def kv_bytes(folder_shape: tuple[int, int, int, int], num_tokens: int) -> int:

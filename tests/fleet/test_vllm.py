@@ -17,7 +17,7 @@ from hexgen2.engine.base import Sampling
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.v1 import prefill_pb2, prefill_pb2_grpc
 from tests.certificates import Authority
-from tests.fleet.harness import DEADLINE_S, GREEDY, LENGTH, STOP, Peer, Running, running, smollm2
+from tests.fleet.harness import DEADLINE_S, GREEDY, LENGTH, STOP, Running, running, smollm2
 from tests.worker.pair import Pair
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +66,7 @@ async def test_layers_leave_while_prefill_computes(fleet: Running) -> None:
     prompt = prompt_of(1000, seed=3)
     transfer = fleet.pair.transfer()
     prefill = fleet.pair.start_prefill(transfer, prompt, GREEDY)
-    stub = prefill_pb2_grpc.PrefillStub(fleet.workers["prefill-0"].channel)
+    stub = prefill_pb2_grpc.PrefillStub(fleet.workers["prefill-0"].worker_channel)
     request = prefill_pb2.FetchKvRequest(transfer_id=transfer.transfer_id, token=transfer.token)
     before, after = 0, 0
     first_token = False
@@ -164,18 +164,21 @@ class Meddler(prefill_pb2_grpc.PrefillServicer):
 @pytest.mark.parametrize("change", ["bytes", "digest"])
 async def test_kv_that_is_not_what_was_digested_is_refused_and_never_served(fleet: Running, change: str) -> None:
     prompt = prompt_of(100, seed=25)
-    between = GrpcServer("127.0.0.1:0")
-    meddler = Meddler(fleet.workers["prefill-0"].channel, change)
+    real = fleet.workers["prefill-0"]
+    between = GrpcServer("127.0.0.1:0", tls=fleet.worker_tls)
+    meddler = Meddler(real.worker_channel, change)
     between.add(prefill_pb2_grpc.add_PrefillServicer_to_server, meddler, "hexgen2.v1.Prefill")
     address = await between.start()
-    transfer = fleet.pair.transfer()
-    prefill = fleet.pair.start_prefill(transfer, prompt, GREEDY)
-    deceived = Pair(Peer(address, fleet.workers["prefill-0"].channel), fleet.workers["decode-0"])
-    code, details, served = await outcome(deceived.start_decode(transfer, prompt, GREEDY))
-    assert (code, served) == (grpc.StatusCode.DATA_LOSS, 0)
-    assert "digest mismatch" in details
-    prefill.cancel()
-    await between.stop(0.0)
+    try:
+        transfer = fleet.pair.transfer()
+        prefill = fleet.pair.start_prefill(transfer, prompt, GREEDY)
+        deceived = Pair(replace(real, address=address), fleet.workers["decode-0"])
+        code, details, served = await outcome(deceived.start_decode(transfer, prompt, GREEDY))
+        assert (code, served) == (grpc.StatusCode.DATA_LOSS, 0)
+        assert "digest mismatch" in details
+        prefill.cancel()
+    finally:
+        await between.stop(0.0)
     await fleet.settled()
 
 
