@@ -317,10 +317,7 @@ class Simulation:
     def _end(self, attempt: _Attempt) -> None:
         """Nothing of an attempt is left anywhere (an engine may still compute what nobody waits for)."""
         attempt.over = True
-        key = route_key(attempt.route)
-        self.in_flight[key] -= 1
-        if not self.in_flight[key]:
-            del self.in_flight[key]
+        self._leave_route(attempt)
         self._leave_prefill(attempt)
         self._leave_staging(attempt)
         attempt.decode.involved.pop(attempt, None)
@@ -340,6 +337,12 @@ class Simulation:
         self.outcome.num_retried += 1
         self._try(request, frozenset(route_key(attempt.route)))
 
+    def _leave_route(self, attempt: _Attempt) -> None:
+        key = route_key(attempt.route)
+        self.in_flight[key] -= 1
+        if not self.in_flight[key]:
+            del self.in_flight[key]
+
     def _move(self, attempt: _Attempt) -> None:
         """Decode is lost before it verified: the same transfer goes to another."""
         others = frozenset(name for name, each in self.replicas.items() if each.role == "prefill")
@@ -354,7 +357,7 @@ class Simulation:
             self._again(attempt, "replica lost")
             return
         self.outcome.num_moved += 1
-        self.in_flight[route_key(attempt.route)] -= 1
+        self._leave_route(attempt)
         attempt.route = route
         self.in_flight[route_key(route)] += 1
         attempt.decode = self.replicas[route.decode_replica_id]

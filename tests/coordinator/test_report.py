@@ -272,7 +272,7 @@ async def test_a_coordinator_that_comes_back_goes_on_with_its_plan_and_epoch(tmp
         address = str((await first.event("ready"))["address"])
         watcher, workers = PlanWatcher(address), (worker(address, "p1"), worker(address, "d1"))
         async with running(watcher, *workers):
-            await until(watcher, lambda: states(watcher) == {"p1": READY, "d1": READY})
+            await until(watcher, lambda: states(watcher) == {"p1": READY, "d1": READY} and bool(watcher.plan.routes))
             before = watcher.plan
             assert await first.end(signal.SIGKILL) == -signal.SIGKILL
             # Changes that nobody hears of while it is away come out by themselves.
