@@ -350,9 +350,7 @@ class Simulation:
         route = self._router.pick(self._plan, self._states, self.in_flight, exclude)
         old = attempt.decode
         old.involved.pop(attempt, None)
-        if attempt.transfer is not None:
-            self.links.drop(attempt.transfer)
-            attempt.transfer = None
+        self._leave_staging(attempt)
         if route is None or not self.replicas[route.decode_replica_id].alive:
             self._again(attempt, "replica lost")
             return
