@@ -17,7 +17,7 @@ _MAX_VALUE_CHARS = 60
 #: Said by the span's name or its place already.
 _HIDDEN = (
     *("rpc.", "server.", "network.", "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.response.model"),
-    *("hexgen2.request_id", "hexgen2.kv.transfer_id"),
+    *("hexgen2.request_id", "hexgen2.kv.transfer_id", "exception.stacktrace"),
 )
 _PREFIXES = ("gen_ai.", "hexgen2.")
 

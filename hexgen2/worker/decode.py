@@ -14,6 +14,7 @@ from opentelemetry import trace
 
 from hexgen2 import metrics
 from hexgen2.engine.base import Engine, EngineOutput, EngineRequest, Sampling
+from hexgen2.errors import HexgenError
 from hexgen2.handover import for_decode
 from hexgen2.kv.handoff import header_for
 from hexgen2.kv.ranks import Ranks
@@ -117,13 +118,20 @@ class DecodeWorker:
             log.info("kv_transport", transport=summary.transport)
 
     async def _generate(self, request: EngineRequest, deadline: float) -> AsyncGenerator[EngineOutput, None]:
-        with tracer.start_span("decode.engine") as span:
+        # A caller that has what it wants closes this generator: no failure, unlike what the span's own exit would say.
+        with tracer.start_span("decode.engine", record_exception=False, set_status_on_exception=False) as span:
             num_tokens = 0
-            async with aclosing(bounded(self._engine.generate(request), deadline)) as outputs:
-                async for output in outputs:
-                    if num_tokens == 0:
-                        span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
-                        span.add_event("first token")
-                    num_tokens += len(output.tokens)
-                    yield output
-            span.set_attribute("gen_ai.usage.output_tokens", num_tokens)
+            try:
+                async with aclosing(bounded(self._engine.generate(request), deadline)) as outputs:
+                    async for output in outputs:
+                        if num_tokens == 0:
+                            span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
+                            span.add_event("first token")
+                        num_tokens += len(output.tokens)
+                        yield output
+            except HexgenError as error:
+                span.record_exception(error)
+                span.set_status(trace.StatusCode.ERROR, str(error))
+                raise
+            finally:
+                span.set_attribute("gen_ai.usage.output_tokens", num_tokens)
