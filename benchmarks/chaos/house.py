@@ -12,18 +12,18 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import grpc
 import httpx
 import yaml
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hexgen2.bench.netns import Link, Namespace
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.config import Config, CoordinatorConfig, EngineConfig, GatewayConfig, KvConfig, WorkerConfig
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc.client import channel
+from hexgen2.rpc.health import serves
 from hexgen2.rpc.plan_convert import status_from_proto
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 
@@ -171,13 +171,10 @@ class House:
     async def serves(self, member: Member) -> bool:
         """Whether one process says itself that it serves."""
         async with channel(member.address) as peer:
-            # Its published types know the blocking stub only.
-            stub: Any = health_pb2_grpc.HealthStub(peer)  # type: ignore[arg-type,unused-ignore]
             try:
-                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=LOOK_TIMEOUT_S)
+                return await serves(peer, LOOK_TIMEOUT_S)
             except grpc.aio.AioRpcError:
                 return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def not_ready(self) -> list[str]:
         """Who does not serve now."""

@@ -3,22 +3,19 @@
 import asyncio
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from time import monotonic
 
 import msgspec
 import torch
 
 from hexgen2.bench import kv_stages
+from hexgen2.bench.kv_agent import agent_up
 from hexgen2.bench.kv_talk import SHAPE, SLICE, TOKEN, Drop, FromSender, HasPut, Hold, Put, Raw, Setup, Up, line
 from hexgen2.errors import Unavailable
-from hexgen2.kv.agent import KvAgent
-from hexgen2.kv.choose import make_transports
 from hexgen2.kv.messages import Failed, Fetched, Piece, Ready, Source
 from hexgen2.kv.ranks import Event, Ranks
 from hexgen2.kv.ucx import UcxTransport
@@ -202,33 +199,12 @@ async def rig(ours: Setup, theirs: Setup, command: Sequence[str] = ()) -> AsyncI
         if not first:
             raise Unavailable("the sending process did not start")
         up = msgspec.json.decode(first, type=Up)
-        with tempfile.TemporaryDirectory(prefix="hexgen2-") as folder:
-            hub = Ranks(Path(folder) / "s", 1)
-            await hub.start()
-            agent = await asyncio.to_thread(
-                KvAgent,
-                hub.socket_path,
-                SLICE,
-                SHAPE,
-                make_transports(ours.transport, ours.hosts, ours.devices),
-                device=torch.device("cpu"),
-                send_bytes=0,
-                staging_bytes=num_bytes,
-                landing_bytes=_LANDING_BYTES,
-                stall_s=10.0,
-            )
+        async with agent_up(ours, DEADLINE_S, staging_bytes=num_bytes, landing_bytes=_LANDING_BYTES) as (hub, _):
+            made = Rig(ours, hub, up, process, theirs.hosts.split(",")[0], torch.zeros(num_bytes, dtype=torch.uint8))
             try:
-                await hub.wait_complete(DEADLINE_S)
-                made = Rig(
-                    ours, hub, up, process, theirs.hosts.split(",")[0], torch.zeros(num_bytes, dtype=torch.uint8)
-                )
-                try:
-                    yield made
-                finally:
-                    made.close()
+                yield made
             finally:
-                await hub.stop()
-                await asyncio.to_thread(agent.close)
+                made.close()
     finally:
         with suppress(ProcessLookupError):
             process.kill()

@@ -8,8 +8,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
-from pathlib import Path
 from threading import Event as Flag
 from threading import Thread
 from time import monotonic, sleep
@@ -18,6 +16,7 @@ import msgspec
 import torch
 
 from hexgen2.bench import kv_stages
+from hexgen2.bench.kv_agent import agent_up
 from hexgen2.bench.kv_talk import SHAPE, SLICE, TOKEN, Drop, HasPut, Held, Hold, Put, Raw, Setup, ToSender, Up, line
 from hexgen2.kv.agent import KvAgent
 from hexgen2.kv.choose import make_transports
@@ -115,24 +114,9 @@ async def main(setup: Setup) -> None:
         transport.register(raw, None)
         raw_endpoint = transport.endpoint()
         Thread(target=serve_transport, args=(transport, active), daemon=True).start()
-    with tempfile.TemporaryDirectory(prefix="hexgen2-") as folder:
-        listening = socket.create_server((setup.hosts.split(",")[0], 0))
-        Thread(target=serve_socket, args=(listening, raw.numpy().data), daemon=True).start()
-        hub = Ranks(Path(folder) / "s", 1)
-        await hub.start()
-        agent = await asyncio.to_thread(
-            KvAgent,
-            hub.socket_path,
-            SLICE,
-            SHAPE,
-            make_transports(setup.transport, setup.hosts, setup.devices),
-            device=torch.device("cpu"),
-            send_bytes=num_bytes,
-            staging_bytes=0,
-            landing_bytes=0,
-            stall_s=10.0,
-        )
-        await hub.wait_complete(60.0)
+    listening = socket.create_server((setup.hosts.split(",")[0], 0))
+    Thread(target=serve_socket, args=(listening, raw.numpy().data), daemon=True).start()
+    async with agent_up(setup, 60.0, send_bytes=num_bytes) as (hub, agent):
         hello = hub.hellos[0]
         sender = Sender(setup, hub, agent)
         say(line(Up(hello.endpoints, hello.page_bytes, listening.getsockname()[1], raw_endpoint)))
@@ -146,8 +130,6 @@ async def main(setup: Setup) -> None:
                 say(line(Held()))
             else:
                 await sender.obey(message)
-        await hub.stop()
-        await asyncio.to_thread(agent.close)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.table import Table
 
 from hexgen2.cli.client import Access, get_plan
@@ -21,6 +19,7 @@ from hexgen2.doctor.finding import Finding, State, failed, ok, warning
 from hexgen2.errors import HexgenError
 from hexgen2.plan import Replica, ReplicaState
 from hexgen2.rpc.client import channel
+from hexgen2.rpc.health import serves
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
 from hexgen2.security.tls import TlsFiles
 
@@ -51,8 +50,10 @@ def doctor_command(
 ) -> None:
     """Say what is missing on this machine, or in a fleet, and what to do about it. Exit status 1 if anything fails."""
     if serve:
-        for line in links.serve(serve):
-            click.echo(f"serving {line}" if ":" in line and " " not in line else line)
+        lines = links.serve(serve)
+        click.echo(f"serving {next(lines)}")
+        for line in lines:
+            click.echo(line)
         return
     if coordinator:
         findings = asyncio.run(check_fleet(coordinator, tls))
@@ -110,13 +111,12 @@ async def _check_replica(replica: Replica, state: ReplicaState | None, tls: TlsF
     check = f"replica {replica.replica_id}"
     found = f"{replica.role}, {state or 'unknown'}, {replica.address}, KV by {replica.transport or 'nothing yet'}"
     async with channel(replica.address, tls) as peer:
-        stub: Any = health_pb2_grpc.HealthStub(peer)  # type: ignore[arg-type,unused-ignore]
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+            serving = await serves(peer, TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             why = error.details() or error.code().name
             return failed(check, f"{found}: {why[:200]}", "is the process running? is the address reachable from here?")
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+    if not serving:
         return warning(check, f"{found}: not serving yet", "look at its log")
     return ok(check, found)
 

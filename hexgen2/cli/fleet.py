@@ -13,11 +13,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import grpc
 import yaml
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hexgen2.address import check_free, format_address, parse_address
 from hexgen2.cli.client import Access
@@ -29,6 +27,7 @@ from hexgen2.config import TlsConfig
 from hexgen2.errors import HexgenError
 from hexgen2.plan import Plan, ReplicaState
 from hexgen2.rpc.client import channel
+from hexgen2.rpc.health import serves
 from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
 from hexgen2.security.tls import load_tls
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -219,14 +218,10 @@ class Fleet:
 
 
 async def _is_serving(peer: grpc.aio.Channel) -> bool:
-    # Its published types know the blocking stub only.
-    stub: Any = health_pb2_grpc.HealthStub(peer)  # type: ignore[arg-type,unused-ignore]
     try:
-        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=LOOK_TIMEOUT_S)
+        return await serves(peer, LOOK_TIMEOUT_S)
     except grpc.aio.AioRpcError:
         return False
-    serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
-    return serving
 
 
 def _choose_port(listen: str, what: str, held: ExitStack) -> str:

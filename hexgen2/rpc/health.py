@@ -1,4 +1,4 @@
-"""``python -m hexgen2.rpc.health HOST:PORT [TLS_DIR]``: whether a service serves, as its exit status.
+"""Whether a service serves. ``python -m hexgen2.rpc.health HOST:PORT [TLS_DIR]`` says it as its exit status.
 
 Imports gRPC and nothing else: containers run it every few seconds.
 """
@@ -21,6 +21,13 @@ def is_serving(channel: grpc.Channel) -> bool:
         answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
     except grpc.RpcError:
         return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def serves(channel: grpc.aio.Channel, timeout_s: float) -> bool:
+    """Whether the server at the other end says that it serves. Raises AioRpcError when it does not answer in time."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[arg-type,unused-ignore]
+    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
