@@ -4,7 +4,7 @@ A replica is a row of pipeline stages, each a tensor-parallel group of one GPU t
 takes the longer of its GPUs' kernels and its host's launching of them. Pure; answers are kept by composition.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hexgen2.cluster import GpuType
@@ -56,24 +56,24 @@ class CostModel:
 
     def prefill_s(self, stages: Stages, prompt_tokens: float, batch: int = 1) -> float:
         """Seconds from the start of a step with ``batch`` prompts to their first tokens, all stages in turn."""
-        total = 0.0
-        for number, stage in enumerate(stages):
-            kernels = self.kernels(stage)
-            gpu = stage.num_layers * float(kernels.prefill_layer_s(prompt_tokens, batch))
-            if number == len(stages) - 1:
-                gpu += float(kernels.head_s(batch))
-            total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, prompt_tokens * batch)
-        return total + self.engine.prefill_s
+        through = self._through_s(
+            stages, batch, prompt_tokens * batch, lambda k: k.prefill_layer_s(prompt_tokens, batch)
+        )
+        return through + self.engine.prefill_s
 
     def decode_step_s(self, stages: Stages, batch: int, context_tokens: float) -> float:
         """Seconds of one token for each of ``batch`` requests with ``context_tokens`` cached, all stages in turn."""
+        return self._through_s(stages, batch, batch, lambda k: k.decode_layer_s(batch, context_tokens))
+
+    def _through_s(self, stages: Stages, batch: int, num_tokens: float, layer_s: Callable[[Kernels], Any]) -> float:
+        """Seconds of one step through all stages in turn; ``num_tokens`` move from each to the next."""
         total = 0.0
         for number, stage in enumerate(stages):
             kernels = self.kernels(stage)
-            gpu = stage.num_layers * float(kernels.decode_layer_s(batch, context_tokens))
+            gpu = stage.num_layers * float(layer_s(kernels))
             if number == len(stages) - 1:
                 gpu += float(kernels.head_s(batch))
-            total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, batch)
+            total += max(gpu, self._host_s(stage, batch)) + self._hop_s(stages, number, num_tokens)
         return total
 
     def kernels(self, stage: Stage) -> Kernels:
