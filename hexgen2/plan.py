@@ -46,6 +46,20 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
+class KvReceived:
+    """KV hand-offs to a replica: sums over the last minute; corrupt ones since its process began."""
+
+    num_bytes: int = 0
+    #: Of all hand-offs together, each from FetchKv's first message to its last verified byte.
+    seconds: float = 0.0
+    num_transfers: int = 0
+    #: Whose bytes did not match their digest.
+    num_corrupt: int = 0
+    #: Landing memory that is kept apart now, because its read has not ended.
+    quarantine_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a replica is busy with."""
 
@@ -53,6 +67,7 @@ class Load:
     num_requests_waiting: int = 0
     kv_pool_bytes_used: int = 0
     kv_pool_bytes_total: int = 0
+    kv_received: KvReceived = KvReceived()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +138,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class RouteLoad:
-    """Requests in flight over one route."""
+    """Requests over one route: in flight now, and that ended well in the last window."""
 
     prefill_replica_id: str
     decode_replica_id: str
     num_requests: int
+    num_finished: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,14 @@ class Gateway:
         usage = Usage(len(job.prompt_token_ids), answer.num_tokens, attempt.life.cached_tokens)
         observe.succeeded(span, watch, usage, finish_reason)
         self._measures.ended(
-            Ended(monotonic(), usage.prompt_tokens, usage.completion_tokens, watch.ttft_s, watch.tpot_s)
+            Ended(
+                monotonic(),
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                watch.ttft_s,
+                watch.tpot_s,
+                attempt.targets.key,
+            )
         )
         return Summary(
             usage=usage,
@@ -168,8 +175,11 @@ class Gateway:
 
     def load(self) -> GatewayLoad:
         """What it has in flight and measures now."""
-        routes = (RouteLoad(*key, count) for key, count in self._dispatch.in_flight.items())
-        return GatewayLoad(self.gateway_id, tuple(routes), self._measures.measured(monotonic()))
+        now_s = monotonic()
+        in_flight, finished = self._dispatch.in_flight, self._measures.by_route(now_s)
+        keys = sorted({*in_flight, *finished})
+        routes = (RouteLoad(*key, in_flight.get(key, 0), finished.get(key, 0)) for key in keys)
+        return GatewayLoad(self.gateway_id, tuple(routes), self._measures.measured(now_s))
 
     async def plan_changed(self) -> bool:
         """Let go of what the plan before needed, and of calls to lost replicas that are silent.

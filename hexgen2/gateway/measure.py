@@ -1,22 +1,25 @@
 """What a gateway measures of its requests over the last minute: rates, lengths, times. Pure; callers tell the time."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hexgen2.plan import Measured
+from hexgen2.routing import RouteKey
 
 WINDOW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A request that ended well, at ``at_s``. ``tpot_s`` counts where there was more than one token."""
+    """A request that ended well, at ``at_s``, over ``route``. ``tpot_s`` counts where there was more than one token."""
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
     ttft_s: float
     tpot_s: float
+    route: RouteKey = ("", "")
 
 
 class Measures:
@@ -41,14 +44,14 @@ class Measures:
         """One ended well."""
         self._ended.append(ended)
 
+    def by_route(self, now_s: float) -> Mapping[RouteKey, int]:
+        """How many ended well over each route in the window that ends now."""
+        self._forget(now_s)
+        return Counter(each.route for each in self._ended)
+
     def measured(self, now_s: float) -> Measured:
         """The window that ends now; shorter in the first minute."""
-        since = now_s - self._window_s
-        for times in (self._arrived, self._failed):
-            while times and times[0] <= since:
-                times.popleft()
-        while self._ended and self._ended[0].at_s <= since:
-            self._ended.popleft()
+        self._forget(now_s)
         several = [each.tpot_s for each in self._ended if each.output_tokens > 1]
         return Measured(
             window_s=max(0.0, min(self._window_s, now_s - self._began_s)),
@@ -60,6 +63,14 @@ class Measures:
             mean_ttft_s=_mean([each.ttft_s for each in self._ended]),
             mean_tpot_s=_mean(several),
         )
+
+    def _forget(self, now_s: float) -> None:
+        since = now_s - self._window_s
+        for times in (self._arrived, self._failed):
+            while times and times[0] <= since:
+                times.popleft()
+        while self._ended and self._ended[0].at_s <= since:
+            self._ended.popleft()
 
 
 def _mean(values: "list[float] | list[int]") -> float:

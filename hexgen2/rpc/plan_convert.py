@@ -6,6 +6,7 @@ from math import isfinite
 from hexgen2.errors import InvalidRequest
 from hexgen2.plan import (
     GatewayLoad,
+    KvReceived,
     Load,
     Measured,
     Plan,
@@ -102,16 +103,27 @@ def load_to_proto(load: Load) -> pb.Load:
         num_requests_waiting=load.num_requests_waiting,
         kv_pool_bytes_used=load.kv_pool_bytes_used,
         kv_pool_bytes_total=load.kv_pool_bytes_total,
+        kv_received=pb.KvReceived(
+            bytes=load.kv_received.num_bytes,
+            seconds=load.kv_received.seconds,
+            num_transfers=load.kv_received.num_transfers,
+            num_corrupt=load.kv_received.num_corrupt,
+            quarantine_bytes=load.kv_received.quarantine_bytes,
+        ),
     )
 
 
 def load_from_proto(message: pb.Load) -> Load:
     """What a replica is busy with."""
+    kv = message.kv_received
+    if not (isfinite(kv.seconds) and kv.seconds >= 0):
+        raise InvalidRequest("load.kv_received.seconds", f"{kv.seconds} is not a number of at least 0")
     return Load(
         message.num_requests_running,
         message.num_requests_waiting,
         message.kv_pool_bytes_used,
         message.kv_pool_bytes_total,
+        KvReceived(kv.bytes, kv.seconds, kv.num_transfers, kv.num_corrupt, kv.quarantine_bytes),
     )
 
 
@@ -188,6 +200,7 @@ def gateway_to_proto(gateway: GatewayLoad) -> pb.GatewayLoad:
                 prefill_replica_id=each.prefill_replica_id,
                 decode_replica_id=each.decode_replica_id,
                 num_requests=each.num_requests,
+                num_finished=each.num_finished,
             )
             for each in gateway.routes
         ],
@@ -208,7 +221,9 @@ def gateway_from_proto(message: pb.GatewayLoad, field: str = "gateway") -> Gatew
     """What a gateway sees."""
     if not message.gateway_id:
         raise InvalidRequest(f"{field}.gateway_id", "is empty")
-    routes = tuple(RouteLoad(r.prefill_replica_id, r.decode_replica_id, r.num_requests) for r in message.routes)
+    routes = tuple(
+        RouteLoad(r.prefill_replica_id, r.decode_replica_id, r.num_requests, r.num_finished) for r in message.routes
+    )
     m = message.measured
     for name in ("window_s", "mean_prompt_tokens", "mean_output_tokens", "mean_ttft_s", "mean_tpot_s"):
         value = getattr(m, name)

@@ -507,11 +507,14 @@ class Load(_message.Message):
     NUM_REQUESTS_WAITING_FIELD_NUMBER: _builtins.int
     KV_POOL_BYTES_USED_FIELD_NUMBER: _builtins.int
     KV_POOL_BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    KV_RECEIVED_FIELD_NUMBER: _builtins.int
     num_requests_running: _builtins.int
     num_requests_waiting: _builtins.int
     kv_pool_bytes_used: _builtins.int
     """Of the pool that bounds this role: send buffers (prefill) or staging (decode)."""
     kv_pool_bytes_total: _builtins.int
+    @_builtins.property
+    def kv_received(self) -> Global___KvReceived: ...
     def __init__(
         self,
         *,
@@ -519,14 +522,51 @@ class Load(_message.Message):
         num_requests_waiting: _builtins.int = ...,
         kv_pool_bytes_used: _builtins.int = ...,
         kv_pool_bytes_total: _builtins.int = ...,
+        kv_received: Global___KvReceived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_received", b"kv_received"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_pool_bytes_total", b"kv_pool_bytes_total", "kv_pool_bytes_used", b"kv_pool_bytes_used", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_pool_bytes_total", b"kv_pool_bytes_total", "kv_pool_bytes_used", b"kv_pool_bytes_used", "kv_received", b"kv_received", "num_requests_running", b"num_requests_running", "num_requests_waiting", b"num_requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class KvReceived(_message.Message):
+    """KV hand-offs to a replica. Sums are over the last minute, counts of what went wrong since its process began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_TRANSFERS_FIELD_NUMBER: _builtins.int
+    NUM_CORRUPT_FIELD_NUMBER: _builtins.int
+    QUARANTINE_BYTES_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    seconds: _builtins.float
+    """From FetchKv's first message to the last verified byte, of all hand-offs together."""
+    num_transfers: _builtins.int
+    num_corrupt: _builtins.int
+    """Whose bytes did not match their digest."""
+    quarantine_bytes: _builtins.int
+    """Landing memory that is kept apart now, because its read has not ended."""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        num_transfers: _builtins.int = ...,
+        num_corrupt: _builtins.int = ...,
+        quarantine_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "num_corrupt", b"num_corrupt", "num_transfers", b"num_transfers", "quarantine_bytes", b"quarantine_bytes", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvReceived: _TypeAlias = KvReceived  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):
@@ -556,26 +596,31 @@ Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
 
 @_typing.final
 class RouteLoad(_message.Message):
-    """Requests in flight over one route (both ends the same: served there as a whole)."""
+    """Requests over one route (both ends the same: served there as a whole)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PREFILL_REPLICA_ID_FIELD_NUMBER: _builtins.int
     DECODE_REPLICA_ID_FIELD_NUMBER: _builtins.int
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_FINISHED_FIELD_NUMBER: _builtins.int
     prefill_replica_id: _builtins.str
     decode_replica_id: _builtins.str
     num_requests: _builtins.int
+    """In flight."""
+    num_finished: _builtins.int
+    """That ended well in the last window (`Measured.window_s`)."""
     def __init__(
         self,
         *,
         prefill_replica_id: _builtins.str = ...,
         decode_replica_id: _builtins.str = ...,
         num_requests: _builtins.int = ...,
+        num_finished: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_replica_id", b"decode_replica_id", "num_requests", b"num_requests", "prefill_replica_id", b"prefill_replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_replica_id", b"decode_replica_id", "num_finished", b"num_finished", "num_requests", b"num_requests", "prefill_replica_id", b"prefill_replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,13 +14,14 @@ from opentelemetry import trace
 
 from hexgen2 import metrics
 from hexgen2.engine.base import Engine, EngineOutput, EngineRequest, Sampling
-from hexgen2.errors import HexgenError
+from hexgen2.errors import HexgenError, KvCorrupt
 from hexgen2.handover import for_decode
 from hexgen2.kv.handoff import header_for
 from hexgen2.kv.ranks import Ranks
 from hexgen2.kv.wire import prompt_sha256
-from hexgen2.worker.aio import PageQueue, bounded, uninterrupted
+from hexgen2.worker.aio import PageQueue, bounded, now, uninterrupted
 from hexgen2.worker.receive import FetchKv, KvSummary, Receiver, RemoteKv
+from hexgen2.worker.received import Received
 
 log = structlog.get_logger(__name__)
 tracer = trace.get_tracer("hexgen2")
@@ -40,13 +41,16 @@ class DecodeJob:
 
 
 class DecodeWorker:
-    """Owns the transfers that arrive at this replica."""
+    """Owns the transfers that arrive at this replica, and tells ``received`` of each."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, memory: PageQueue, fetch_kv: FetchKv) -> None:
+    def __init__(
+        self, engine: Engine, ranks: Ranks, memory: PageQueue, fetch_kv: FetchKv, received: Received | None = None
+    ) -> None:
         self._engine = engine
         self._ranks = ranks
         self._memory = memory
         self._fetch_kv = fetch_kv
+        self._received = received or Received()
         self._transport = ""
 
     async def run(self, job: DecodeJob) -> AsyncGenerator[KvSummary | EngineOutput, None]:
@@ -86,6 +90,9 @@ class DecodeWorker:
                         freed = True
                         await uninterrupted(receiver.free())
                     yield output
+        except KvCorrupt:
+            self._received.corrupt()
+            raise
         finally:
             receiver.transfer.end()
             metrics.KV_TRANSFERS.labels(f"recv_{receiver.transfer.state}").inc()
@@ -108,6 +115,7 @@ class DecodeWorker:
     def _count(self, summary: KvSummary) -> None:
         """Metrics; and a word whenever what carries the KV is not what it was, or was not known yet."""
         name = self._ranks.hellos[0].transport
+        self._received.verified(summary.num_bytes, summary.seconds, now())
         metrics.KV_BYTES.labels(name, summary.codec, "received").inc(summary.num_bytes)
         metrics.KV_TRANSFER_SECONDS.observe(summary.seconds)
         metrics.KV_BANDWIDTH.observe(summary.num_bytes / max(summary.seconds, 1e-9))

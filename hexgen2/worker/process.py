@@ -17,7 +17,7 @@ from hexgen2.config import EmulatedEngineConfig, WorkerConfig
 from hexgen2.engine.base import Engine
 from hexgen2.errors import EngineFailed
 from hexgen2.kv.ranks import Ranks
-from hexgen2.plan import Load, Replica, ReplicaState, Role
+from hexgen2.plan import KvReceived, Load, Replica, ReplicaState, Role
 from hexgen2.rpc.report import REPORT_TIMEOUT_S, Reporter
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.security.tls import TlsFiles
@@ -36,8 +36,9 @@ async def run_worker(
     register: Callable[[GrpcServer], None],
     attach: Callable[[Engine, Ranks, Pools], Awaitable[None]],
     tls: TlsFiles | None = None,
+    received: Callable[[int], KvReceived] = lambda quarantine_bytes: KvReceived(quarantine_bytes=quarantine_bytes),
 ) -> None:
-    """Serve until a signal.
+    """Serve until a signal. ``received`` tells of the KV that came, given the bytes in quarantine.
 
     Raises:
         EngineFailed: the engine did not start, or died.
@@ -63,7 +64,8 @@ async def run_worker(
             if loaded.pools is None:
                 return Load(running, waiting)
             memory = loaded.pools.of(reporter.replica.role)
-            return Load(running, waiting, memory.bytes_used, memory.bytes_total)
+            kv = received(ranks.quarantine_bytes)
+            return Load(running, waiting, memory.bytes_used, memory.bytes_total, kv)
 
         def take_role(role: Role, epoch: int) -> None:
             gate.role_epoch = epoch

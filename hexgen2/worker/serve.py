@@ -13,11 +13,12 @@ from hexgen2.rpc.prefill_service import PrefillService
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.security.tls import load_tls
 from hexgen2.v1 import decode_pb2_grpc, prefill_pb2_grpc
-from hexgen2.worker.aio import Gate
+from hexgen2.worker.aio import Gate, now
 from hexgen2.worker.decode import DecodeWorker
 from hexgen2.worker.loading import Pools
 from hexgen2.worker.prefill import PrefillWorker
 from hexgen2.worker.process import run_worker
+from hexgen2.worker.received import Received
 
 
 async def serve(config: WorkerConfig) -> None:
@@ -25,6 +26,7 @@ async def serve(config: WorkerConfig) -> None:
     gate = Gate()
     tls = load_tls(config.tls)
     client = KvClient(tls)
+    received = Received()
     prefill = PrefillService(gate) if config.role != "decode" else None
     decode = DecodeService(gate) if config.role != "prefill" else None
 
@@ -39,9 +41,9 @@ async def serve(config: WorkerConfig) -> None:
         if prefill is not None:
             prefill.attach(PrefillWorker(engine, ranks, pools.send), *limits)
         if decode is not None:
-            decode.attach(DecodeWorker(engine, ranks, pools.staging, client.fetch), *limits)
+            decode.attach(DecodeWorker(engine, ranks, pools.staging, client.fetch, received), *limits)
 
     try:
-        await run_worker(config, gate, register, attach, tls)
+        await run_worker(config, gate, register, attach, tls, lambda quarantine: received.told(now(), quarantine))
     finally:
         await client.close()

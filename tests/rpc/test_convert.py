@@ -11,6 +11,7 @@ from hexgen2.engine.base import FinishReason, Logprob, SampledToken, Sampling
 from hexgen2.errors import InvalidRequest
 from hexgen2.plan import (
     GatewayLoad,
+    KvReceived,
     Load,
     Measured,
     Plan,
@@ -64,7 +65,8 @@ replicas = st.builds(
     st.booleans(),
     st.text(),
 )
-loads = st.builds(Load, uint32, uint32, uint64, uint64)
+received = st.builds(KvReceived, uint64, st.floats(0, 1e9), uint32, uint32, uint64)
+loads = st.builds(Load, uint32, uint32, uint64, uint64, received)
 
 
 @given(samplings)
@@ -91,7 +93,7 @@ def test_a_status_comes_back_as_it_went(status: ReplicaStatus) -> None:
 numbers = st.floats(0, 1e9)
 counts = st.integers(0, 2**32 - 1)
 measured = st.builds(Measured, numbers, counts, counts, counts, numbers, numbers, numbers, numbers)
-route_loads = st.lists(st.builds(RouteLoad, st.text(), st.text(), counts), max_size=3).map(tuple)
+route_loads = st.lists(st.builds(RouteLoad, st.text(), st.text(), counts, counts), max_size=3).map(tuple)
 
 
 @given(st.builds(GatewayLoad, st.text(min_size=1), route_loads, measured))
