@@ -16,6 +16,29 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Reached(Part):
+    """What one device reaches of its figures, where it was measured itself: fields of ``efficiency.Efficiency``."""
+
+    compute: float = Field(1.0, gt=0, description="part of `flops` in matrix products with many tokens")
+    memory: float = Field(1.0, gt=0, description="part of the memory bandwidth in those with few")
+    gemm_s: float = Field(0.0, ge=0, description="fixed time of one matrix product")
+    blend: float = Field(4.0, ge=1, description="1: reading weights and computing add up; large: they overlap")
+    attention_compute: float = Field(0.5, gt=0, description="part of `flops` in attention over a prompt")
+    attention_s: float = Field(0.0, ge=0)
+    attention_memory: float = Field(0.8, gt=0, description="part of the memory bandwidth in attention to cached KV")
+    cached_attention_s: float = Field(0.0, ge=0)
+
+
+class HostTimes(Part):
+    """What an engine's host takes for a step on this device, in seconds: fields of ``efficiency.Host``."""
+
+    step_s: float = Field(0.0, ge=0)
+    layer_s: float = Field(0.0, ge=0)
+    request_s: float = Field(0.0, ge=0)
+    token_s: float = Field(0.0, ge=0, description="for each token, layer and element of the hidden state")
+    shared_token_s: float = Field(0.0, ge=0)
+
+
 class GpuType(Part):
     """One kind of GPU. Bandwidths are one way."""
 
@@ -28,6 +51,8 @@ class GpuType(Part):
     link_latency_s: float = Field(ge=0)
     price_per_hour: float | None = Field(None, ge=0, description="$/h")
     efficiency: str = Field("", description="whose measured efficiencies it has; default: its own name's")
+    reached: Reached | None = Field(None, description="its own efficiencies, instead of the catalog's")
+    host: HostTimes | None = Field(None, description="its own host times, instead of the engine profile's")
 
 
 class Machine(Part):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from hexgen2 import catalog
-from hexgen2.cluster import Cluster, GpuType, Link, Machine
+from hexgen2.cluster import Cluster, GpuType, HostTimes, Link, Machine, Reached
 from hexgen2.cluster_generated import PREFIX, multi_site
 from hexgen2.config_file import Place, build, did_you_mean, dotted, line_of, read
 from hexgen2.errors import ConfigError
@@ -36,6 +36,7 @@ class LinkNumbers(Part):
         description="one way"
     )
     latency_s: Annotated[float, Field(ge=0, le=MOST_LATENCY_S, allow_inf_nan=False)] = Field(description="of one hop")
+    measured: str = Field("", description="when and how, where `hexgen2 profile` measured it; a note for readers")
 
 
 #: What pydantic puts into the place of a problem within a link; nothing that a reader wrote.
@@ -57,6 +58,9 @@ class GpuNumbers(Part):
     link: LinkSpec = "pcie-4"
     price_per_hour: NotNegative | None = Field(None, description="$/h")
     efficiency: str = Field("", description="a GPU of the catalog whose measured efficiencies it shares")
+    reached: Reached | None = Field(None, description="its own efficiencies, as `hexgen2 profile` measures them")
+    host: HostTimes | None = Field(None, description="its own host times, as `hexgen2 profile` measures them")
+    measured: tuple[str, ...] = Field((), description="fields of this entry that were measured; others: the catalog")
 
 
 class MachineSpec(Part):
@@ -233,6 +237,8 @@ def _gpu(name: str, spec: ClusterSpec | None, place: Place, where: Callable[[Pla
         link_latency_s=link.latency_s,
         price_per_hour=numbers.price_per_hour,
         efficiency=numbers.efficiency,
+        reached=numbers.reached,
+        host=numbers.host,
     )
 
 

@@ -200,6 +200,7 @@ for name, attribute, told in (
     ("bench", "bench", "Measure the scheduler and the KV hand-over on this machine."),
     ("doctor", "doctor_command", "Say what is missing on this machine, or in a fleet, and what to do about it."),
     ("deploy", "deploy", "Write files that start a fleet in containers or on many machines."),
+    ("profile", "profile_command", "Measure this machine and its links as the planner takes them: a cluster.yaml."),
     ("fit", "fit_command", "Fit the cost model to measured times, and show how far off it is."),
 ):
     main.add_command(LazyCommand(name, f"hexgen2.cli.{name}", attribute, told))

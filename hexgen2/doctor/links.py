@@ -4,10 +4,14 @@ import socket
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from hexgen2.address import format_address, parse_address
 from hexgen2.doctor.finding import Finding, failed, ok
-from hexgen2.errors import ConfigError
+from hexgen2.errors import ConfigError, HexgenError, Unavailable
+
+if TYPE_CHECKING:
+    from hexgen2.doctor.kv_link import LinkFigures
 
 CONNECT_TIMEOUT_S = 5.0
 SILENT_TIMEOUT_S = 10.0
@@ -15,7 +19,7 @@ SILENT_TIMEOUT_S = 10.0
 MEASURE_S = 1.0
 ROUND_TRIPS = 20
 
-_PING, _FLOOD = b"p", b"f"
+_PING, _FLOOD, _KV = b"p", b"f", b"k"
 _CHUNK = bytes(1 << 20)
 
 
@@ -49,6 +53,11 @@ def _answer(peer: socket.socket) -> None:
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     while (asked := peer.recv(1)) == _PING:
         peer.sendall(_PING)
+    if asked == _KV:
+        # Imports torch, which a check of reachability alone does without.
+        from hexgen2.doctor import kv_link
+
+        kv_link.offer(peer)
     if asked == _FLOOD:
         # Until the one who measures has seen enough and closes.
         try:
@@ -56,6 +65,28 @@ def _answer(peer: socket.socket) -> None:
                 peer.sendall(_CHUNK)
         except (BrokenPipeError, ConnectionResetError):
             return
+
+
+def measure_kv(address: str) -> "LinkFigures":
+    """Latency and bandwidth by the KV transport from ``address``, where ``serve`` runs, to here.
+
+    Raises:
+        Unavailable: it cannot be measured; says why and what to do.
+    """
+    from hexgen2.doctor import kv_link
+
+    try:
+        host, port = parse_address(address)
+        with closing(socket.create_connection((host, port), CONNECT_TIMEOUT_S)) as peer:
+            peer.settimeout(SILENT_TIMEOUT_S)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer.sendall(_KV)
+            return kv_link.measure(peer)
+    except (OSError, HexgenError) as error:
+        raise Unavailable(
+            f"the link from {address} cannot be measured: {error}; on the other host: hexgen2 doctor --serve "
+            f"{address}; look at firewalls"
+        ) from error
 
 
 def measure(address: str) -> Iterator[Finding]:

@@ -21,11 +21,18 @@ def assumptions(llm: Llm, workload: Workload, cluster: Cluster, profile: Engine)
     kernels = catalog.table("efficiencies")["gpus"]
     for gpu in sorted(cluster.gpu_types, key=lambda each: each.name):
         source = gpu.efficiency or gpu.name
-        if source not in kernels:
+        if gpu.reached is not None:
+            said.append(f"{gpu.name}: efficiencies as measured on it")
+        elif source not in kernels:
             said.append(f"{gpu.name}: kernel efficiencies of the {DEFAULT} GPU, an L40S; its own are not known")
         elif source != gpu.name:
             said.append(f"{gpu.name}: kernel efficiencies of the {source}; its own are not known")
-        if measured_engine and gpu.name not in profile.hosts and gpu.efficiency not in profile.hosts:
+        if (
+            measured_engine
+            and gpu.host is None
+            and gpu.name not in profile.hosts
+            and gpu.efficiency not in profile.hosts
+        ):
             said.append(f"{gpu.name}: a host as slow as the slowest of those measured")
     if apart := cluster.sites_by_cards_alone():
         pairs = ", ".join(f"{a} and {b}" for a, b in apart[:NAMED])

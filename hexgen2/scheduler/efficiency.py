@@ -72,15 +72,19 @@ class Engine:
     codec_passes: float
 
     def host(self, gpu: GpuType) -> Host:
-        """Of machines with that GPU (or the one whose efficiencies it has), or what is usual."""
+        """Its own as measured; else of machines with that GPU (or whose efficiencies it has), or what is usual."""
+        if gpu.host is not None:
+            return Host(**gpu.host.model_dump())
         return self.hosts.get(gpu.name) or self.hosts.get(gpu.efficiency) or self.hosts[DEFAULT]
 
 
 @cache
 def efficiency(gpu: GpuType) -> Efficiency:
-    """The fitted efficiencies of a GPU (or of the one that it names), and of its link class."""
+    """Its own as measured, or the fitted ones of a GPU (or of the one that it names), and of its link class."""
     table = catalog.table("efficiencies")
     kernels = table["gpus"].get(gpu.efficiency or gpu.name, table["gpus"][DEFAULT])
+    if gpu.reached is not None:
+        kernels = gpu.reached.model_dump()
     link = table["links"].get(gpu.link, table["links"][DEFAULT])
     known = {**kernels, **link}
     return Efficiency(**{field.name: float(known[field.name]) for field in fields(Efficiency)})
