@@ -65,6 +65,7 @@ class Machine(Part):
     intra_latency_s: float = Field(ge=0)
     nic_bandwidth_bytes_per_s: float = Field(gt=0, description="of the machine to others, one way")
     nic_latency_s: float = Field(ge=0)
+    nic_rdma: bool = Field(False, description="the network card can read another machine's memory")
     price_per_hour: float | None = Field(None, ge=0, description="of the whole machine; default: its GPUs'")
 
     @property

@@ -37,6 +37,7 @@ class LinkNumbers(Part):
     )
     latency_s: Annotated[float, Field(ge=0, le=MOST_LATENCY_S, allow_inf_nan=False)] = Field(description="of one hop")
     measured: str = Field("", description="when and how, where `hexgen2 profile` measured it; a note for readers")
+    rdma: bool = Field(False, description="of a network card: remote memory access, InfiniBand or RoCE")
 
 
 #: What pydantic puts into the place of a problem within a link; nothing that a reader wrote.
@@ -180,6 +181,7 @@ def resolve(spec: ClusterSpec, where: Callable[[Place], str]) -> Cluster:
                     intra_latency_s=intra.latency_s,
                     nic_bandwidth_bytes_per_s=nic.bandwidth_bytes_per_s,
                     nic_latency_s=nic.latency_s,
+                    nic_rdma=nic.rdma,
                     price_per_hour=machine.price_per_hour,
                 )
             )

@@ -102,6 +102,9 @@ class KvConfig(Config):
         "auto",
         description="auto: tcp speaks TLS where the worker has certificates; require: nothing else may do",
     )
+    require: Literal["any", "rdma"] = Field(
+        "any", description="rdma: a worker that could not read its peers' KV by RDMA does not start"
+    )
     host: str = Field(
         "127.0.0.1",
         description="address that the KV plane binds and tells its peers (TCP transport); "

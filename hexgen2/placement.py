@@ -126,7 +126,23 @@ class Placement(Part):
     routes: tuple[RoutePlan, ...]
     links: tuple[LinkPlan, ...]
     idle: tuple[IdlePlan, ...]
+    rdma: tuple[str, ...] = Field(
+        (),
+        description="machines whose network cards were planned as RDMA: workers that hand over to or from another "
+        "machine do not start there without it",
+    )
     runners_up: tuple[RunnerUp, ...] = ()
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """Those that replicas are on, in the order of the replicas."""
+        return tuple(dict.fromkeys(stage.machine for replica in self.replicas for stage in replica.stages))
+
+    def needs_rdma(self, replica_id: str) -> bool:
+        """Whether the replica hands over to, or from, another machine, with RDMA planned at both ends."""
+        on = {replica.id: {stage.machine for stage in replica.stages} for replica in self.replicas}
+        pairs = [(each.prefill, each.decode) for each in self.routes if replica_id in (each.prefill, each.decode)]
+        return any(on[p] != on[d] and on[p] | on[d] <= set(self.rdma) for p, d in pairs)
 
 
 def to_yaml(placement: Placement) -> str:

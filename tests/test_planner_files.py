@@ -10,6 +10,7 @@ from hexgen2.cluster_file import load_cluster
 from hexgen2.errors import ConfigError
 from hexgen2.planner_examples import write_examples
 from hexgen2.workload_file import load_workload
+from tests.placements import placement, planned_replica, stage
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "schemas"
 
@@ -39,3 +40,16 @@ def test_examples_overwrite_nothing(tmp_path: Path) -> None:
     write_examples(tmp_path)
     with pytest.raises(ConfigError, match=r"cluster.yaml: is there already"):
         write_examples(tmp_path)
+
+
+def test_workers_need_rdma_where_both_ends_of_a_route_between_machines_were_planned_with_it() -> None:
+    plan = placement(
+        planned_replica("p", "prefill", stage(machine="a")),
+        planned_replica("q", "prefill", stage(machine="b")),
+        planned_replica("d", "decode", stage(machine="b")),
+        planned_replica("e", "decode", stage(machine="c")),
+        routes=(("p", "d", 1.0), ("q", "d", 1.0), ("q", "e", 1.0)),
+    )
+    assert not any(plan.needs_rdma(each.id) for each in plan.replicas)
+    planned = plan.model_copy(update={"rdma": ("a", "b")})
+    assert [each.id for each in planned.replicas if planned.needs_rdma(each.id)] == ["p", "d"]

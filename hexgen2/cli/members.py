@@ -1,6 +1,6 @@
 """Which processes a fleet on this machine has, and each one's configuration: as many as asked for, or a plan's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,10 +147,10 @@ def _planned(
     members = []
     for replica in placement.replicas:
         share = found[replica.id]
-        environment = _environment(replica, share)
-        planned_engine = _vllm(engine, replica, spec.num_layers, config.plan)
+        environment = planned_environment(replica, share.gpus)
+        planned = planned_engine(engine, replica, spec.num_layers, config.plan)
         quota = share if share.cores and config.cpu_quotas else None
-        members.append(_worker(config, addresses, replica.id, "flexible", planned_engine, environment, quota))
+        members.append(_worker(config, addresses, replica.id, "flexible", planned, environment, quota))
     return members
 
 
@@ -160,7 +160,10 @@ def _emulated(engine: EmulatedEngineConfig, replica: ReplicaPlan, cost_file: Pat
     return engine.model_copy(update={"cost_file": cost_file.absolute(), "tensor_parallel_size": ranks})
 
 
-def _vllm(engine: VllmEngineConfig, replica: ReplicaPlan, num_layers: int, plan: Path | None) -> VllmEngineConfig:
+def planned_engine(
+    engine: VllmEngineConfig, replica: ReplicaPlan, num_layers: int, plan: Path | None
+) -> VllmEngineConfig:
+    """A replica's engine as planned. Raises ConfigError where vLLM cannot, or the model has other layers."""
     sizes = [stage.tensor_parallel_size for stage in replica.stages]
     if len(set(sizes)) > 1:
         raise ConfigError(
@@ -179,11 +182,13 @@ def _vllm(engine: VllmEngineConfig, replica: ReplicaPlan, num_layers: int, plan:
     return engine.model_copy(update=update)
 
 
-def _environment(replica: ReplicaPlan, share: Share) -> dict[str, str]:
+def planned_environment(replica: ReplicaPlan, gpus: Sequence[int]) -> dict[str, str]:
     """vLLM's own variables: which GPUs, and how many layers each stage has."""
     found = {}
-    if share.gpus:
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, share.gpus))
+    if gpus:
+        # CUDA would count from its fastest GPU, the driver and its tools count by the bus.
+        found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     if len(replica.stages) > 1:
         found["VLLM_PP_LAYER_PARTITION"] = ",".join(str(stage.num_layers) for stage in replica.stages)
     return found

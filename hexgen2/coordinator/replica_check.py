@@ -36,3 +36,11 @@ def check_replica(replica: Replica, state: ReplicaState) -> None:
         raise InvalidRequest("replica.model_sha256", "is empty")
     if state is ReplicaState.READY and replica.max_model_len < 1:
         raise InvalidRequest("replica.max_model_len", "0 is less than 1")
+
+
+def compatible(version: str, other: str) -> bool:
+    """Whether two versions of the software speak one protocol: they may differ in the last number alone.
+
+    So a fleet can be upgraded host by host.
+    """
+    return bool(version) and version.split(".")[:-1] == other.split(".")[:-1]

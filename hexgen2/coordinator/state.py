@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from hexgen2.coordinator.assignment import Assignment, all_routes, routes_among
-from hexgen2.coordinator.replica_check import check_replica
+from hexgen2.coordinator.replica_check import check_replica, compatible
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
@@ -61,8 +61,8 @@ class FleetState:
     """See the module. After a change of MEMBERS the caller calls ``replan``.
 
     ``epoch`` is where epochs start: above every epoch of an earlier coordinator, such as wall-clock milliseconds.
-    ``version`` is the software's that every worker must have; empty: any. ``codec`` is that of every route that no
-    assignment gives one.
+    ``version`` is the software's; every worker's must be of the same release line; empty: any. ``codec`` is that of
+    every route that no assignment gives one.
     """
 
     def __init__(
@@ -291,10 +291,10 @@ class FleetState:
 
     def _check_match(self, replica: Replica) -> None:
         name = replica.replica_id
-        if self._version and replica.version != self._version:
+        if self._version and not compatible(replica.version, self._version):
             raise ReplicaMismatch(
                 f"replica {name!r} runs hexgen2 {replica.version or 'of an unknown version'}, this coordinator "
-                f"{self._version}: install the same version on every machine"
+                f"{self._version}: they work together only where all but the last number is the same"
             )
         for member in self._members.values():
             other = member.replica

@@ -5,6 +5,7 @@ Inside its network every service listens on the same ports and is known by its n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,6 +26,8 @@ GRAFANA = "docker.io/grafana/grafana:11.5.1"
 NAMESPACES = "namespaces"
 #: Where every process finds its own certificates, and nobody else's.
 TLS = f"{HOME}/tls"
+#: Where the coordinator finds the plan.
+PLAN = "/etc/hexgen2/plan.yaml"
 
 Service = dict[str, Any]
 
@@ -33,11 +36,15 @@ _COMPLETED = {"condition": "service_completed_successfully"}
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker's container. ``gpus``: indices as NVIDIA numbers them; ``cpus``: a share of the machine's cores."""
+    """A worker's container. ``gpus``: as NVIDIA's tools number them, rank by rank, and ``peer_gpus`` those of workers
+    that it hands KV to or from; ``cpus``: a share of the machine's cores.
+    """
 
     config: WorkerConfig
     gpus: tuple[int, ...] = ()
+    peer_gpus: tuple[int, ...] = ()
     cpus: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -47,7 +54,9 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What runs. ``default_model``: the model is made by a container that runs first."""
+    """What runs. ``default_model``: the model is made by a container that runs first. ``variant``: told apart by it
+    from other deployments in the same folder; ``planned``: the plan is beside the file, as ``file("plan.yaml")``.
+    """
 
     workers: Sequence[Worker]
     gateway: GatewayConfig
@@ -55,6 +64,13 @@ class Deployment:
     engine: str = "cpu"
     default_model: bool = True
     rdma: bool = False
+    variant: str = ""
+    planned: bool = False
+
+    def file(self, name: str) -> str:
+        """``plan.yaml`` of the variant ``gpu`` is ``plan.gpu.yaml``."""
+        stem, dot, suffix = name.rpartition(".")
+        return f"{stem}.{self.variant}{dot}{suffix}" if self.variant else name
 
 
 def metrics_targets(deployment: Deployment) -> list[str]:
@@ -76,7 +92,7 @@ def compose(deployment: Deployment) -> dict[str, Any]:
     for worker in deployment.workers:
         services[worker.name] = _worker(worker, deployment, shares_memory=shares_memory)
     services["gateway"] = _gateway(deployment)
-    services |= _observability()
+    services |= _observability(deployment)
     return {
         "name": "hexgen2",
         "services": services,
@@ -165,12 +181,15 @@ def _coordinator(deployment: Deployment) -> Service:
             "listen": f"0.0.0.0:{COORDINATOR_PORT}",
             "metrics_listen": f"0.0.0.0:{METRICS_PORT}",
             "tls": _tls(),
+            "plan": Path(PLAN) if deployment.planned else None,
         }
     )
     command = ["coordinator", *flags_of(config)]
     check = [f"127.0.0.1:{COORDINATOR_PORT}", TLS]
     service = _service("control", "", Caller.COORDINATOR, command, check, config.drain_s)
     service["depends_on"] = {"certs": _COMPLETED}
+    if deployment.planned:
+        service["volumes"].append(f"./{deployment.file('plan.yaml')}:{PLAN}:ro")
     return service
 
 
@@ -218,7 +237,7 @@ def _worker(worker: Worker, deployment: Deployment, *, shares_memory: bool) -> S
     check = [f"127.0.0.1:{WORKER_PORT}", TLS]
     service = _service("worker", deployment.engine, Caller.WORKER, command, check, config.drain_s)
     service["volumes"].append(_models(deployment, read_only=True))
-    service["environment"] |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    service["environment"] |= {"OMP_WAIT_POLICY": "PASSIVE", **worker.environment}
     service["depends_on"] = _after(deployment)
     # vLLM's ranks talk through shared memory.
     service["shm_size"] = "1gb"
@@ -230,7 +249,12 @@ def _worker(worker: Worker, deployment: Deployment, *, shares_memory: bool) -> S
     if worker.cpus is not None:
         service["cpus"] = worker.cpus
     if worker.gpus:
-        device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in worker.gpus], "capabilities": ["gpu"]}
+        # CUDA reads a peer's memory only where the container has the peer's GPU, too; vLLM uses its own alone. The
+        # container numbers what it has anew, by the bus.
+        seen = sorted({*worker.gpus, *worker.peer_gpus})
+        own = ",".join(str(seen.index(gpu)) for gpu in worker.gpus)
+        service["environment"] |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": own}
+        device = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in seen], "capabilities": ["gpu"]}
         service["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
     if deployment.rdma:
         # Memory that a network card reads is pinned.
@@ -261,7 +285,7 @@ def _after(deployment: Deployment) -> dict[str, Any]:
     return waits
 
 
-def _observability() -> dict[str, Service]:
+def _observability(deployment: Deployment) -> dict[str, Service]:
     """Of the profile ``observability``: published on this machine only."""
     config = "./observability"
 
@@ -279,7 +303,7 @@ def _observability() -> dict[str, Service]:
         "prometheus": service(
             PROMETHEUS,
             [
-                f"{config}/prometheus.yaml:/etc/prometheus/prometheus.yml:ro",
+                f"{config}/{deployment.file('prometheus.yaml')}:/etc/prometheus/prometheus.yml:ro",
                 f"{config}/rules.yaml:/etc/prometheus/rules.yaml:ro",
             ],
             ports=["127.0.0.1:9090:9090"],

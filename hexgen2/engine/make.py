@@ -4,11 +4,18 @@ from pathlib import Path
 
 from hexgen2.config import EmulatedEngineConfig, WorkerConfig
 from hexgen2.engine.base import Engine
+from hexgen2.kv.choose import transport_name
 
 
 def make_engine(config: WorkerConfig, agent_socket: Path) -> tuple[Engine, int]:
-    """The engine, not yet started, and how many ranks (and so KV agents) it has."""
+    """The engine, not yet started, and how many ranks (and so KV agents) it has.
+
+    Raises:
+        ConfigError: its KV cannot travel as configured, or its model cannot be served.
+    """
     engine = config.engine
+    # Before anything heavy is loaded.
+    transport_name(config.kv, config.tls)
     if isinstance(engine, EmulatedEngineConfig):
         from hexgen2.engine.emulated import EmulatedEngine
 

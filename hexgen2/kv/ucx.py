@@ -301,8 +301,21 @@ def _prepare_environment(host: str) -> None:
 
 def has_rdma() -> bool:
     """Whether this machine has an RDMA device (InfiniBand, RoCE, EFA)."""
-    infiniband = Path("/sys/class/infiniband")
-    return infiniband.is_dir() and any(infiniband.iterdir())
+    return bool(rdma_devices())
+
+
+def rdma_devices() -> list[str]:
+    """This machine's RDMA devices, as UCX calls them but for the port (``mlx5_0``)."""
+    return _names(Path("/sys/class/infiniband"))
+
+
+def network_interfaces() -> list[str]:
+    """What UCX could open TCP connections on."""
+    return _names(Path("/sys/class/net"))
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
 
 
 def is_loopback(host: str) -> bool:

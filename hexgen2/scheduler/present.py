@@ -102,8 +102,15 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
             for pool, count in zip(problem.fabric.pools, state.free, strict=True)
             if count
         ),
+        rdma=_rdma(problem, planned),
         runners_up=tuple(_runner_up(problem, name, state, flow) for name, state, flow in found.others[:3]),
     )
+
+
+def _rdma(problem: Problem, planned: tuple[ReplicaPlan, ...]) -> tuple[str, ...]:
+    """Machines of the plan whose network cards are RDMA."""
+    used = {stage.machine for replica in planned for stage in replica.stages}
+    return tuple(each.name for each in problem.fabric.cluster.machines if each.nic_rdma and each.name in used)
 
 
 def _sorted(state: State) -> list[Group]:

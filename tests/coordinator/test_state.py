@@ -190,12 +190,13 @@ def test_a_worker_of_another_model_is_refused_with_what_differs_until_the_others
 
 
 def test_a_worker_of_another_version_is_refused_with_both() -> None:
-    state = FleetState(1, 5.0, version="2.0")
-    with pytest.raises(ReplicaMismatch, match=r"'p1' runs hexgen2 1\.9, this coordinator 2\.0: install the same"):
-        state.report(replica("p1", version="1.9"), STARTING, IDLE, 0.0)
+    state = FleetState(1, 5.0, version="2.0.3")
+    with pytest.raises(ReplicaMismatch, match=r"'p1' runs hexgen2 2\.1\.3, this coordinator 2\.0\.3: they work"):
+        state.report(replica("p1", version="2.1.3"), STARTING, IDLE, 0.0)
     with pytest.raises(ReplicaMismatch, match="of an unknown version"):
         state.report(replica("p1"), STARTING, IDLE, 0.0)
-    assert state.report(replica("p1", version="2.0"), STARTING, IDLE, 0.0) is Change.MEMBERS
+    # A fleet is upgraded host by host.
+    assert state.report(replica("p1", version="2.0.4"), STARTING, IDLE, 0.0) is Change.MEMBERS
 
 
 def test_two_processes_with_one_id_and_address_are_told_apart_by_incarnation() -> None:

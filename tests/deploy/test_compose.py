@@ -10,15 +10,30 @@ from click.testing import CliRunner
 from prometheus_client import REGISTRY
 
 from hexgen2 import metrics as metrics
-from hexgen2.cli.deploy import default_deployment, deploy
+from hexgen2.cli.deploy import default_deployment, deploy, planned_deployment
 from hexgen2.cli.main import main
 from hexgen2.config_flags import flags_of
 from hexgen2.deploy import observability
-from hexgen2.deploy.compose import compose
+from hexgen2.deploy.compose import Deployment, compose
 from hexgen2.deploy.dashboards import DASHBOARDS, Dashboard, dashboard_json
+from hexgen2.devices import Machine
+from hexgen2.errors import ConfigError
+from tests.placements import placement, planned_replica, stage
 
 ROOT = Path(__file__).parent.parent.parent
-PROCESSES = ("coordinator", "gateway", "prefill", "decode")
+PROCESSES = ("coordinator", "gateway", "prefill", "decode", "flexible")
+
+
+def two_prefill(machine: str = "a100", rdma: tuple[str, ...] = ()) -> Deployment:
+    """Two prefill replicas, one of two GPUs in two stages, and a decode replica."""
+    plan = placement(
+        planned_replica("p0", "prefill", stage("L40S", 1, 0, 30), stage("A100-SXM", 1, 30, 10)),
+        planned_replica("p1", "prefill", stage("L40S")),
+        planned_replica("d0", "decode", stage("A100-SXM", machine=machine), batch=24),
+        routes=(("p0", "d0", 1.0), ("p1", "d0", 1.0)),
+    ).model_copy(update={"rdma": rdma})
+    gpus = ("NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S")
+    return planned_deployment(plan, Path("plan.yaml"), Machine(gpus, 8), "M", "two")
 
 
 def exported() -> set[str]:
@@ -33,11 +48,17 @@ def used(text: str) -> set[str]:
     return set(re.findall(r"hexgen2:\w+", text))
 
 
-def test_what_is_checked_in_is_what_is_written(tmp_path: Path) -> None:
-    result = CliRunner().invoke(deploy, ["compose", "-o", str(tmp_path)])
-    assert result.exit_code == 0, result.output
+#: The machine of the example with two GPUs.
+WORKSTATION = ("--gpu", "NVIDIA GeForce RTX 4090", "--gpu", "NVIDIA GeForce RTX 3090", "--cores", "16")
+
+
+def test_what_is_checked_in_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for words in ((), ("deploy/plan.gpu.yaml", *WORKSTATION, "--name", "gpu")):
+        result = CliRunner().invoke(deploy, ["compose", *words, "-o", str(tmp_path)])
+        assert result.exit_code == 0, result.output
     written = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-    assert Path("compose.yaml") in written
+    assert {Path("compose.yaml"), Path("compose.gpu.yaml"), Path("plan.gpu.yaml")} <= set(written)
     for path, text in written.items():
         assert (ROOT / "deploy" / path).read_text() == text, f"run `hexgen2 deploy compose`: {path} is old"
 
@@ -59,8 +80,9 @@ def test_alerts_watch_metrics_that_exist_and_are_explained() -> None:
     assert set(re.findall(r"^## (Hexgen\w+)$", runbook, flags=re.MULTILINE)) == set(observability.ALERTS)
 
 
-def test_every_process_starts_with_flags_that_its_command_takes() -> None:
-    services = compose(default_deployment(2, 1))["services"]
+@pytest.mark.parametrize("deployment", [default_deployment(2, 1), two_prefill()], ids=["default", "planned"])
+def test_every_process_starts_with_flags_that_its_command_takes(deployment: Deployment) -> None:
+    services = compose(deployment)["services"]
     started = [service["command"] for service in services.values() if (service.get("command") or [""])[0] in PROCESSES]
     assert len(started) == 5
     for name, *flags in started:
@@ -90,3 +112,45 @@ def test_nothing_but_the_gateway_is_published() -> None:
     for service in services.values():
         for port in service.get("ports", ()):
             assert port.startswith(("127.0.0.1:", "${HEXGEN2_HTTP:-127.0.0.1:", "${HEXGEN2_GRPC:-127.0.0.1:"))
+
+
+def test_each_replica_of_a_plan_has_its_gpus_and_sees_those_of_its_peers() -> None:
+    services = compose(two_prefill())["services"]
+
+    def devices(name: str) -> tuple[list[str], str]:
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        return device["device_ids"], services[name]["environment"]["CUDA_VISIBLE_DEVICES"]
+
+    # GPU 1 is the first L40S, GPU 0 the first A100; p1 does not hand over to p0 and has no need of GPU 0.
+    assert devices("p0") == (["0", "1", "2"], "1,0")
+    assert devices("p1") == (["2", "3"], "1")
+    assert devices("d0") == (["0", "1", "2", "3"], "2")
+    assert services["p0"]["environment"]["VLLM_PP_LAYER_PARTITION"] == "30,10"
+    assert "--pipeline-parallel-size" in services["p0"]["command"]
+    assert services["d0"]["command"][services["d0"]["command"].index("--max-num-seqs") + 1] == "24"
+    for name in ("p0", "p1", "d0"):
+        assert services[name]["pid"] == services[name]["ipc"] == "service:namespaces"
+        assert "devices" not in services[name]
+    assert "./plan.two.yaml:/etc/hexgen2/plan.yaml:ro" in services["coordinator"]["volumes"]
+    assert "model" not in services
+
+
+def test_where_rdma_was_planned_workers_may_pin_memory_and_have_its_devices() -> None:
+    worker = compose(two_prefill(rdma=("a100",)))["services"]["p0"]
+    assert worker["devices"] == ["/dev/infiniband:/dev/infiniband"]
+    assert worker["ulimits"] == {"memlock": -1}
+    assert worker["cap_add"] == ["IPC_LOCK"]
+
+
+def test_a_plan_of_several_machines_is_no_compose_file() -> None:
+    with pytest.raises(
+        ConfigError, match="replicas are on a100, other; a compose file is for one: `hexgen2 deploy bare"
+    ):
+        two_prefill("other")
+
+
+def test_a_plan_says_which_workers_there_are(tmp_path: Path) -> None:
+    for words in (["--gpu", "L40S"], [str(ROOT / "deploy" / "plan.gpu.yaml"), "--prefill", "2"]):
+        result = CliRunner().invoke(deploy, ["compose", *words, "-o", str(tmp_path)])
+        assert result.exit_code == 2, result.output
+    assert not list(tmp_path.iterdir())

@@ -245,3 +245,11 @@ def test_sites_that_hold_the_model_once_each_and_hardly_reach_each_other_are_col
     assert found.why == "not disaggregated: links between prefill and decode apart would carry next to nothing"
     with pytest.raises(ConfigError, match="no site holds the model twice, and the links between sites carry next to"):
         plan(apart(2), "disaggregated")
+
+
+def test_a_plan_says_which_of_its_machines_have_rdma() -> None:
+    cards = {"a": "roce-100", "b": "100gbe"}
+    machines = [{"name": name, "gpus": {"A100-SXM": 1}, "nic": card} for name, card in cards.items()]
+    found = plan(Problem(make_cluster({"machines": machines}), llms.find("llama-3.1-8b"), find_workload("hphd")))
+    assert found.machines == ("a", "b")
+    assert found.rdma == ("a",)

@@ -1,18 +1,22 @@
 """Two workers with certificates: who may fetch KV, and bytes that are altered on their way."""
 
+import re
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import msgspec
 import pytest
 
-from hexgen2.config import KvConfig
+from hexgen2.config import EmulatedEngineConfig, KvConfig, WorkerConfig
 from hexgen2.engine.base import Sampling
+from hexgen2.engine.make import make_engine
 from hexgen2.errors import ConfigError
+from hexgen2.kv import choose
 from hexgen2.kv import tcp_wire as wire
 from hexgen2.kv.choose import transport_name
 from hexgen2.rpc.client import channel
@@ -156,3 +160,47 @@ def test_required_tls_is_tls_or_an_error(authority: Authority) -> None:
         transport_name(KvConfig(transport="ucx", tls="require"), tls)
     with pytest.raises(ConfigError, match=r"kv\.tls: require needs certificates"):
         transport_name(KvConfig(tls="require"), None)
+
+
+def test_a_worker_that_is_to_have_rdma_does_not_start_on_tcp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(choose, "rdma_devices", list)
+    monkeypatch.setattr(choose, "network_interfaces", lambda: ["eth0", "lo"])
+    config = WorkerConfig(role="prefill", engine=EmulatedEngineConfig(), kv=KvConfig(require="rdma"))
+    with pytest.raises(ConfigError) as caught:
+        make_engine(config, tmp_path / "kv.sock")
+    assert re.match(
+        r"kv\.require: rdma, but (this machine has no RDMA device|NIXL, which drives UCX, is not installed).*; UCX "
+        r"offers here: eth0 \(TCP\), lo \(TCP\)\. Mend that, or accept with kv\.require: any",
+        str(caught.value),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kv", "environment", "why"),
+    [
+        ({"transport": "tcp"}, {}, "kv.transport is tcp"),
+        ({"tls": "require"}, {}, "UCX has no TLS"),
+        ({"devices": "eth0"}, {}, "UCX is given, eth0, none is"),
+        ({}, {"UCX_NET_DEVICES": "eth0"}, "UCX is given, eth0, none is .*; UCX_NET_DEVICES=eth0"),
+        ({}, {"UCX_TLS": "tcp,sm"}, "UCX_TLS leaves out RDMA's transports; .*; UCX_TLS=tcp,sm"),
+        ({}, {"UCX_TLS": "^ib"}, "UCX_TLS leaves out"),
+        ({}, {}, ""),
+        ({"devices": "mlx5_0:1"}, {"UCX_TLS": "rc,cuda_copy"}, ""),
+    ],
+)
+def test_rdma_needs_a_device_and_leave_to_use_it(
+    monkeypatch: pytest.MonkeyPatch, kv: dict[str, str], environment: dict[str, str], why: str
+) -> None:
+    monkeypatch.setattr(choose, "rdma_devices", lambda: ["mlx5_0"])
+    monkeypatch.setattr(choose, "find_spec", lambda name: True)
+    for name in ("UCX_TLS", "UCX_NET_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = KvConfig.model_validate({"require": "rdma"} | kv)
+    if not why:
+        assert transport_name(config) == "ucx"
+        return
+    with pytest.raises(ConfigError, match=why) as caught:
+        transport_name(config)
+    assert "mlx5_0 (RDMA)" in str(caught.value)
