@@ -33,6 +33,24 @@ class StagePlan(Part):
     num_layers: int = Field(ge=1)
 
 
+class EnginePlan(Part):
+    """What a replica's engine and hand-over may use: settings of each of its ranks."""
+
+    kv_cache_bytes: int = Field(ge=1, description="of the engine's KV cache, per GPU")
+    max_num_seqs: int = Field(ge=1)
+    max_num_batched_tokens: int = Field(ge=1)
+    send_tokens: int = Field(ge=1, description="prompt tokens whose KV the send buffer holds")
+    staging_tokens: int = Field(ge=1, description="prompt tokens whose KV staging holds")
+
+
+class TimesPlan(Part):
+    """What the cost model foretells of a replica, to be held against what it measures. Seconds."""
+
+    prefill: dict[int, float] = Field(description="to the first token, by prompt tokens, alone in the engine")
+    busiest: float = Field(1.0, gt=0, le=1, description="part of that in which the next prompt cannot begin")
+    decode: dict[int, float] = Field(description="of a step, by requests in it, at the workload's mean context")
+
+
 class ReplicaPlan(Part):
     """One whole copy of the model. Rates are in requests per second."""
 
@@ -45,6 +63,8 @@ class ReplicaPlan(Part):
     prefill_s: float | None = Field(None, description="mean seconds to the first token of a request that is alone")
     tpot_s: float | None = Field(None, description="time per output token with `batch` requests in flight")
     batch: int | None = Field(None, description="requests in flight at capacity")
+    engine: EnginePlan | None = Field(None, description="settings; absent: the engine's own")
+    times: TimesPlan | None = Field(None, description="what its steps should take")
 
     @property
     def num_gpus(self) -> int:
@@ -114,6 +134,7 @@ class Placement(Part):
     tpot_s: float = Field(description="mean time per output token with the batches of the replicas")
     load_rps: float = Field(description="the workload's rate, or 75 % of the throughput")
     output_tokens_per_s: float
+    mean_prompt_tokens: float | None = Field(None, description="of the workload; `transfer_s` of routes is for so many")
     price_per_hour: float | None = None
     price_per_million_output_tokens: float | None = None
     colocate_max_prompt_tokens: int = Field(

@@ -43,6 +43,10 @@ class Replica:
     flexible: bool = False
     #: Of the software.
     version: str = ""
+    #: Of its engine: GPUs of a stage, layers of each stage, what its device is called. Empty: not told (emulated).
+    tensor_parallel_size: int = 0
+    stage_layers: tuple[int, ...] = ()
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

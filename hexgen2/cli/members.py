@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hexgen2.address import format_address, parse_address
 from hexgen2.cli.fleet_config import FleetConfig, default_model
+from hexgen2.cli.planned_pools import planned_pools
 from hexgen2.config import (
     Config,
     CoordinatorConfig,
@@ -111,6 +112,7 @@ def _worker(
     engine: EngineConfig,
     environment: Mapping[str, str] | None = None,
     share: Share | None = None,
+    planned: ReplicaPlan | None = None,
 ) -> Member:
     host, _ = parse_address(addresses.coordinator)
     settings = WorkerConfig.model_validate(
@@ -121,7 +123,7 @@ def _worker(
             "metrics_listen": format_address(host, 0),
             "coordinator": addresses.coordinator,
             "engine": engine,
-            "kv": config.kv,
+            "kv": config.kv if planned is None else planned_pools(config.kv, engine, planned),
             "tls": _tls(config, "worker"),
             "drain_s": config.drain_s,
         }
@@ -139,7 +141,7 @@ def _planned(
 
         costs = write_costs(config, placement, run_dir)
         return [
-            _worker(config, addresses, each.id, "flexible", _emulated(engine, each, costs[each.id]))
+            _worker(config, addresses, each.id, "flexible", _emulated(engine, each, costs[each.id]), planned=each)
             for each in placement.replicas
         ]
     found = shares(placement, here())
@@ -150,7 +152,7 @@ def _planned(
         environment = planned_environment(replica, share.gpus)
         planned = planned_engine(engine, replica, spec.num_layers, config.plan)
         quota = share if share.cores and config.cpu_quotas else None
-        members.append(_worker(config, addresses, replica.id, "flexible", planned, environment, quota))
+        members.append(_worker(config, addresses, replica.id, "flexible", planned, environment, quota, replica))
     return members
 
 
@@ -177,8 +179,13 @@ def planned_engine(
             "that was planned for (--model)"
         )
     update: dict[str, int] = {"tensor_parallel_size": sizes[0], "pipeline_parallel_size": len(sizes)}
-    if replica.batch and "max_num_seqs" not in engine.model_fields_set:
-        update["max_num_seqs"] = replica.batch
+    wanted: dict[str, int | None] = {"max_num_seqs": replica.batch}
+    if (plan_engine := replica.engine) is not None:
+        wanted = plan_engine.model_dump(include={"kv_cache_bytes", "max_num_seqs", "max_num_batched_tokens"})
+    for name, value in wanted.items():
+        # What the caller sets wins over the plan.
+        if value and name not in engine.model_fields_set:
+            update[name] = value
     return engine.model_copy(update=update)
 
 

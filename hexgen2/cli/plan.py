@@ -24,7 +24,7 @@ from hexgen2.scheduler.report import html
 from hexgen2.scheduler.schedule import EVALUATIONS, KINDS, solve
 from hexgen2.scheduler.search import STRATEGIES
 from hexgen2.simulator.planned import Planned
-from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
+from hexgen2.simulator.settings import completed
 from hexgen2.workload_file import find_workload
 
 COLOURS = {"prefill": "blue", "decode": "green", "colocated": "magenta"}
@@ -137,8 +137,7 @@ def make_plan(
         taken |= {idle.machine for idle in found.idle}
         problem = replace(problem, cluster=only(problem.cluster, taken))
     longest = max(point.prompt_tokens for point in problem.workload.lengths)
-    limit = colocate_max_prompt_tokens(Planned(found, problem, longest))
-    found = found.model_copy(update={"colocate_max_prompt_tokens": limit})
+    found = completed(Planned(found, problem, longest))
     written = []
     if output is not None:
         written.append(write(output, to_yaml(found)))

@@ -4,12 +4,41 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from hexgen2.devices import cpu_share, is_gpu
 from hexgen2.kv.codecs import NONE
-from hexgen2.placement import Placement
+from hexgen2.placement import Placement, StagePlan
 from hexgen2.plan import Prediction, Replica, ReplicaPrediction, Role, Route
 
 #: Whether the KV of the one is KV of the other, and can reach it.
 Fits = Callable[[Replica, Replica], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the plan has a replica's engine: GPUs of each stage, layers of each, the kinds of device."""
+
+    tensor_parallel_sizes: tuple[int, ...]
+    stage_layers: tuple[int, ...]
+    devices: tuple[str, ...]
+
+    def difference(self, replica: Replica) -> str:
+        """What a replica has otherwise, in words; empty when nothing is known to differ."""
+        found = []
+        if replica.tensor_parallel_size and set(self.tensor_parallel_sizes) != {replica.tensor_parallel_size}:
+            planned = ",".join(map(str, self.tensor_parallel_sizes))
+            found.append(f"tensor_parallel_size {planned} in the plan, {replica.tensor_parallel_size} in the worker")
+        if replica.stage_layers and self.stage_layers != replica.stage_layers:
+            ours, theirs = (",".join(map(str, each)) for each in (self.stage_layers, replica.stage_layers))
+            found.append(f"stages of {ours} layers in the plan, of {theirs} in the worker")
+        if replica.device and not all(_same_device(each, replica.device) for each in self.devices):
+            found.append(f"{', '.join(sorted(set(self.devices)))} in the plan, {replica.device} in the worker")
+        return "; ".join(found)
+
+
+def _same_device(planned: str, device: str) -> bool:
+    if device == "cpu" or cpu_share(planned) is not None:
+        return device == "cpu" and cpu_share(planned) is not None
+    return is_gpu(planned, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +50,7 @@ class Assignment:
     prediction: Prediction
     colocate_max_prompt_tokens: int = 0
     flows: "MappingProxyType[str, float]" = field(default_factory=lambda: MappingProxyType({}))
+    shapes: "MappingProxyType[str, Shape]" = field(default_factory=lambda: MappingProxyType({}))
 
 
 def assignment_of(placement: Placement) -> Assignment:
@@ -40,6 +70,15 @@ def assignment_of(placement: Placement) -> Assignment:
         ),
         colocate_max_prompt_tokens=placement.colocate_max_prompt_tokens,
         flows=MappingProxyType({each.id: each.flow_rps for each in placement.replicas}),
+        shapes=MappingProxyType({each.id: _shape(each.stages) for each in placement.replicas}),
+    )
+
+
+def _shape(stages: tuple[StagePlan, ...]) -> Shape:
+    return Shape(
+        tuple(stage.tensor_parallel_size for stage in stages),
+        tuple(stage.num_layers for stage in stages),
+        tuple(stage.gpu for stage in stages),
     )
 
 

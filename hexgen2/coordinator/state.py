@@ -244,6 +244,12 @@ class FleetState:
     def _role(self, replica: Replica, before: Member | None) -> Role:
         """The assignment's, where there is one; else a flexible replica keeps the role that it has."""
         role = self._assignment.roles.get(replica.replica_id) if self._assignment else None
+        shape = self._assignment.shapes.get(replica.replica_id) if self._assignment else None
+        if shape is not None and (differs := shape.difference(replica)):
+            raise ReplicaMismatch(
+                f"replica {replica.replica_id!r} is not as the plan has it: {differs}: start it as planned "
+                f"(`hexgen2 up PLAN`), or plan for the hardware that is there"
+            )
         if not replica.flexible:
             if role is not None and role is not replica.role and not _stands_in(replica.role, role):
                 raise ReplicaMismatch(

@@ -76,6 +76,9 @@ def replica_to_proto(replica: Replica) -> pb.Replica:
         metrics_address=replica.metrics_address,
         flexible=replica.flexible,
         version=replica.version,
+        tensor_parallel_size=replica.tensor_parallel_size,
+        stage_layers=replica.stage_layers,
+        device=replica.device,
     )
 
 
@@ -93,6 +96,9 @@ def replica_from_proto(message: pb.Replica, field: str = "replica") -> Replica:
         metrics_address=message.metrics_address,
         flexible=message.flexible,
         version=message.version,
+        tensor_parallel_size=message.tensor_parallel_size,
+        stage_layers=tuple(message.stage_layers),
+        device=message.device,
     )
 
 

@@ -156,6 +156,10 @@ class Planned:
             least = min(least, (room - max(0.0, pool_tokens * per_token - RESERVED_BYTES)) / per_token)
         return least
 
+    def pool_tokens_of(self, replica_id: str, role: str) -> int:
+        """Of the send buffer (prefill) or staging (decode)."""
+        return self._send_tokens(replica_id) if role == PREFILL else self._staging_tokens(replica_id)
+
     def notes(self) -> tuple[str, ...]:
         """What a reader should know before trusting the figures."""
         said = []

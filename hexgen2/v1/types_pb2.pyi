@@ -320,6 +320,9 @@ class Replica(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     FLEXIBLE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
+    STAGE_LAYERS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     role: Global___Role.ValueType
     address: _builtins.str
@@ -337,6 +340,11 @@ class Replica(_message.Message):
     """Can serve both phases: its role is the plan's to choose, and may change while it runs."""
     version: _builtins.str
     """Of the software; all of a fleet run the same."""
+    tensor_parallel_size: _builtins.int
+    """Of its engine: GPUs of a stage, layers of each stage, what its device is called. Empty: not told (emulated)."""
+    device: _builtins.str
+    @_builtins.property
+    def stage_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -351,10 +359,13 @@ class Replica(_message.Message):
         metrics_address: _builtins.str = ...,
         flexible: _builtins.bool = ...,
         version: _builtins.str = ...,
+        tensor_parallel_size: _builtins.int = ...,
+        stage_layers: _abc.Iterable[_builtins.int] | None = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "flexible", b"flexible", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "transport", b"transport", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "flexible", b"flexible", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "stage_layers", b"stage_layers", "tensor_parallel_size", b"tensor_parallel_size", "transport", b"transport", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -14,6 +15,7 @@ import hexgen2
 from hexgen2 import metrics, telemetry
 from hexgen2.address import parse_address
 from hexgen2.config import EmulatedEngineConfig, WorkerConfig
+from hexgen2.devices import here
 from hexgen2.engine.base import Engine
 from hexgen2.errors import EngineFailed
 from hexgen2.kv.ranks import Ranks
@@ -81,12 +83,15 @@ async def run_worker(
             if tls is not None and not hello.transport.endswith("+tls"):
                 log.warning("kv_plane_without_tls", transport=hello.transport_detail, host=config.kv.host)
             await attach(engine, ranks, pools)
+            # Asks the driver, which takes its time.
+            shape = await asyncio.to_thread(_shape, config, ranks)
             reporter.replica = replace(
                 reporter.replica,
                 model=engine.model.name,
                 model_sha256=engine.model.sha256,
                 max_model_len=engine.max_model_len,
                 transport=hello.transport_detail,
+                **shape,
             )
             gate.open()
             await server.set_serving(True)
@@ -125,6 +130,18 @@ async def run_worker(
     log.info("stopped")
     if failed:
         raise EngineFailed(failed)
+
+
+def _shape(config: WorkerConfig, ranks: Ranks) -> dict[str, Any]:
+    """How the engine is split, and over what; an emulated one stands for any hardware and tells nothing."""
+    if isinstance(config.engine, EmulatedEngineConfig):
+        return {}
+    size = config.engine.tensor_parallel_size
+    layers = tuple(hello.slice.num_layers for hello in ranks.hellos[::size])
+    # The driver lists GPUs by its own numbers, the process may see others: only one kind is told.
+    kinds = set(here().gpus)
+    device = kinds.pop() if len(kinds) == 1 else "" if kinds else "cpu"
+    return {"tensor_parallel_size": size, "stage_layers": layers, "device": device}
 
 
 async def _end_of(engine: Engine, ranks: Ranks) -> str:

@@ -21,7 +21,7 @@ from hexgen2.cli.members import Addresses, members
 from hexgen2.cli.status import show_status
 from hexgen2.config import CoordinatorConfig, WorkerConfig
 from hexgen2.errors import ConfigError, HexgenError, Unavailable
-from hexgen2.placement import to_json
+from hexgen2.placement import EnginePlan, to_json
 from hexgen2.plan import Role, Route
 from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto
 from tests.eventually import eventually_async
@@ -86,6 +86,34 @@ def test_vllm_gets_the_plans_stages_and_refuses_what_it_cannot_do(
         members(given(stage("cpu")), ADDRESSES, tmp_path)
     with pytest.raises(ConfigError, match="it takes 1 H100-SXM, and no GPU is here"):
         members(given(stage("H100-SXM")), ADDRESSES, tmp_path)
+
+
+def test_an_engine_gets_the_plans_memory_and_limits_unless_told_otherwise(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
+    settings = EnginePlan(
+        kv_cache_bytes=123 << 20, max_num_seqs=9, max_num_batched_tokens=99, send_tokens=300, staging_tokens=1000
+    )
+    replica = planned_replica("d", "decode", stage("cpu", 1, 0, 4)).model_copy(update={"engine": settings})
+    plan = write(tmp_path, placement(replica))
+
+    def made(kv: dict[str, object], **engine: object) -> WorkerConfig:
+        given = {"kind": "vllm", "model": str(tokenizer), **engine}
+        worker = members(config(tokenizer, plan, engine=given, kv=kv), ADDRESSES, tmp_path)[1].settings
+        assert isinstance(worker, WorkerConfig)
+        return worker
+
+    worker = made({})
+    assert worker.engine.kind == "vllm"
+    assert (worker.engine.kv_cache_bytes, worker.engine.max_num_seqs) == (123 << 20, 9)
+    assert worker.engine.max_num_batched_tokens == 99
+    # Pages of 128 tokens, 4 layers of 2 heads of 32 in float32, keys and values.
+    page = 128 * 4 * 2 * 32 * 4 * 2
+    assert (worker.kv.send_bytes, worker.kv.staging_bytes) == (3 * page, 8 * page)
+    own = made({"staging_bytes": 1 << 20}, max_num_seqs=5)
+    assert own.engine.max_num_seqs == 5
+    assert own.kv.staging_bytes == 1 << 20
 
 
 async def test_a_planned_fleet_routes_by_its_flow_over_two_gateways_and_says_how_it_does(

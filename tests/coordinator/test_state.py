@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hexgen2.coordinator.assignment import Assignment
+from hexgen2.coordinator.assignment import Assignment, Shape
 from hexgen2.coordinator.state import Change, FleetState
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
 from hexgen2.plan import Load, Prediction, Replica, ReplicaState, Role, Route
@@ -372,3 +372,46 @@ class Life(RuleBasedStateMachine):
 
 Life.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestLife = Life.TestCase
+
+
+def shaped(*sizes: int, layers: tuple[int, ...], device: str) -> Assignment:
+    shape = Shape(sizes, layers, (device,) * len(sizes))
+    return Assignment(
+        MappingProxyType({"p": Role.PREFILL}),
+        (),
+        Prediction(1.0, 1.0, 1.0, None, 1.0),
+        0,
+        shapes=MappingProxyType({"p": shape}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tensor_parallel_size": 4}, "tensor_parallel_size 2 in the plan, 4 in the worker"),
+        ({"stage_layers": (20, 20)}, "stages of 40 layers in the plan, of 20,20 in the worker"),
+        ({"device": "NVIDIA H100 80GB HBM3"}, "A100-SXM in the plan, NVIDIA H100 80GB HBM3 in the worker"),
+        ({"device": "cpu"}, "A100-SXM in the plan, cpu in the worker"),
+    ],
+)
+def test_a_plan_for_other_hardware_than_is_there_is_refused_with_what_differs(
+    changes: dict[str, Any], told: str
+) -> None:
+    as_planned = {"tensor_parallel_size": 2, "stage_layers": (40,), "device": "NVIDIA A100-SXM4-80GB"}
+    planned = shaped(2, layers=(40,), device="A100-SXM")
+    state = FleetState(100, lost_after_s=5)
+    state.report(replica("p", **as_planned | changes), READY, IDLE, 0.0)
+    with pytest.raises(ReplicaMismatch, match=told):
+        state.assign(planned)
+    # A worker that comes after the plan is refused as well, and the right one is taken.
+    late = FleetState(100, lost_after_s=5, assignment=planned)
+    with pytest.raises(ReplicaMismatch, match=told):
+        late.report(replica("p", **as_planned | changes), READY, IDLE, 0.0)
+    late.report(replica("p", **as_planned), READY, IDLE, 0.0)
+
+
+def test_a_worker_that_does_not_tell_its_hardware_is_taken() -> None:
+    state = FleetState(100, lost_after_s=5, assignment=shaped(2, layers=(40,), device="A100-SXM"))
+    state.report(replica("p"), READY, IDLE, 0.0)
+    cpu = FleetState(100, lost_after_s=5, assignment=shaped(1, layers=(30,), device="cpu-0.25"))
+    cpu.report(replica("p", device="cpu", stage_layers=(30,), tensor_parallel_size=1), READY, IDLE, 0.0)

@@ -1,0 +1,100 @@
+"""What a plan says beyond roles and routes: settings of each replica's engine, and the times that it should take.
+
+Both follow from the blueprint, so that engines run with the memory and the steps that the plan reckons with.
+"""
+
+from hexgen2.devices import cpu_share
+from hexgen2.placement import EnginePlan, Placement, ReplicaPlan, TimesPlan
+from hexgen2.scheduler.cost_model import STAGING_BYTES
+from hexgen2.scheduler.groups import DECODE, PREFILL
+from hexgen2.simulator.planned import RESERVED_BYTES, Planned
+from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
+from hexgen2.simulator.step_times import Step
+
+#: Registered memory that reads land in: ``KvConfig.landing_bytes``.
+LANDING_BYTES = 64 << 20
+#: The pool of the role that a replica has not may take one part of its KV memory in so many.
+SPARE_PART = 8
+#: Prompt lengths (parts of the longest) and batches (multiples of the planned one) that times are told at.
+PROMPT_PARTS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1)
+BATCH_PARTS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
+
+
+def completed(planned: Planned) -> Placement:
+    """The placement with everything that follows from it."""
+    replicas = tuple(
+        each.model_copy(update={"engine": engine_plan(planned, each), "times": times_plan(planned, each)})
+        for each in planned.placement.replicas
+    )
+    return planned.placement.model_copy(
+        update={
+            "replicas": replicas,
+            "mean_prompt_tokens": planned.problem.workload.mean_prompt_tokens,
+            "colocate_max_prompt_tokens": colocate_max_prompt_tokens(planned),
+        }
+    )
+
+
+def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
+    """Settings of a replica; None when no memory is left for KV, which only a plan by hand can be.
+
+    Workers can change their role, so each has a send buffer and staging: that of its role as the plan needs it, the
+    other of the usual size, or for one longest prompt where KV memory is scarce.
+    """
+    problem, stages = planned.problem, planned.stages(replica.id)
+    llm, cost = problem.llm, problem.cost
+    limits = planned.replica(replica.id, replica.role).limits
+    per_tokens = [
+        stage.num_layers * llm.kv_bytes_per_token_layer / min(stage.tensor_parallel_size, llm.num_kv_heads)
+        for stage in stages
+    ]
+    spare = min(RESERVED_BYTES / max(per_tokens), planned.kv_tokens(stages, 0) / SPARE_PART)
+    other = max(planned.longest_prompt, int(spare))
+    send, staging = (
+        max(other, planned.pool_tokens_of(replica.id, role)) if replica.role == role else other
+        for role in (PREFILL, DECODE)
+    )
+    least = float("inf")
+    for number, (stage, per_token) in enumerate(zip(stages, per_tokens, strict=True)):
+        room = cost.usable_bytes(stage.gpu) - cost.weight_bytes_per_gpu(stages, number)
+        pools = (send + staging) * per_token + LANDING_BYTES
+        least = min(least, (room - max(0.0, pools - STAGING_BYTES)) / per_token)
+    sequences = limits.max_num_seqs * (limits.num_lanes if replica.role != PREFILL else 1)
+    if replica.batch is not None:
+        # Room above the planned batch: lengths vary, and more of them fit when they are short.
+        sequences = min(sequences, 2 * replica.batch)
+    if any(cpu_share(stage.gpu) is not None for stage in stages):
+        # Memory of a machine that others use as well: no more than its requests can fill.
+        longest = max(point.prompt_tokens + point.output_tokens for point in problem.workload.lengths)
+        least = min(least, float(sequences * longest))
+    if least < 1:
+        return None
+    return EnginePlan(
+        kv_cache_bytes=int(least * max(per_tokens)),
+        max_num_seqs=sequences,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        send_tokens=send,
+        staging_tokens=staging,
+    )
+
+
+def times_plan(planned: Planned, replica: ReplicaPlan) -> TimesPlan:
+    """Times of a replica in either phase: its role may change."""
+    cost, stages = planned.problem.cost, planned.stages(replica.id)
+    context = planned.problem.workload.mean_context_tokens
+    prompts = sorted({max(1, round(planned.longest_prompt * part)) for part in PROMPT_PARTS})
+    planned_batch = replica.batch or cost.decode_rate(stages).batch or 8
+    batches = sorted({1, *(max(1, round(planned_batch * part)) for part in BATCH_PARTS)})
+    mean = round(planned.problem.workload.mean_prompt_tokens)
+    parts = planned.replica(replica.id, replica.role).times.parts(
+        Step(min(mean, cost.engine.max_num_batched_tokens), mean * mean / 2, 0, 1, 0, 0.0, 1)
+    )
+    return TimesPlan(
+        prefill={tokens: _rounded(cost.prefill_s(stages, tokens)) for tokens in prompts},
+        busiest=_rounded(max(parts) / sum(parts)),
+        decode={batch: _rounded(cost.decode_step_s(stages, batch, context)) for batch in batches},
+    )
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
