@@ -49,6 +49,9 @@ E2E_REQUEST_LATENCY_SECONDS = Histogram(
 PROMPT_TOKENS = Counter("hexgen2:prompt_tokens", "Prompt tokens read.")
 GENERATION_TOKENS = Counter("hexgen2:generation_tokens", "Output tokens sampled.")
 REQUEST_SUCCESS = Counter("hexgen2:request_success", "Requests that ended well.", ["finished_reason"])
+REQUEST_CONTINUATIONS = Counter(
+    "hexgen2:request_continuations", "Answers that broke off and were continued on another replica."
+)
 NUM_REQUESTS_RUNNING = Gauge("hexgen2:num_requests_running", "Requests that the engine is working on.")
 NUM_REQUESTS_WAITING = Gauge("hexgen2:num_requests_waiting", "Requests that wait for memory or the engine.")
 

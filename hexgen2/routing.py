@@ -114,20 +114,18 @@ def pick_colocated(
     in_flight: Mapping[str, int],
     exclude: frozenset[str] = frozenset(),
 ) -> str | None:
-    """The READY replica that decodes, with the least in flight (by replica id), then by reported load; None if none."""
-    usable = [
-        replica.replica_id
-        for replica in plan.replicas
-        if replica.role is not Role.PREFILL
-        and ready(statuses, replica.replica_id)
-        and replica.replica_id not in exclude
-    ]
+    """The READY replica that decodes, with the least in flight (by replica id), then by reported load; None if none.
+
+    Where nobody who decodes is left, a flexible prefill replica does: it serves whole requests as well.
+    """
+    able = [r for r in plan.replicas if ready(statuses, r.replica_id) and r.replica_id not in exclude]
+    able = [r for r in able if r.role is not Role.PREFILL] or [r for r in able if r.flexible]
 
     def busy(replica_id: str) -> tuple[int, int]:
         load: Load = statuses[replica_id].load
         return in_flight.get(replica_id, 0), load.num_requests_running + load.num_requests_waiting
 
-    return min(usable, key=busy, default=None)
+    return min((each.replica_id for each in able), key=busy, default=None)
 
 
 def short_enough(plan: Plan, prompt_tokens: int) -> bool:

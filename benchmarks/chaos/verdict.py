@@ -17,6 +17,8 @@ _DEAF = ("stop", "link", "kill", "restart")
 #: A request counts for faults that ended so shortly before it began.
 _AFTER_NS = 500_000_000
 NONE = "none"
+#: What a client is told whose answer could not be continued.
+BROKE_OFF = "broke off"
 GATEWAY_KILLED = "kill -9: gateway"
 #: Of an error's message.
 MAX_TOLD_CHARS = 100
@@ -87,6 +89,7 @@ def judge(
     """
     met = {outcome.trace_id: _met(outcome, strikes) for outcome in outcomes}
     violations = [violation for outcome in outcomes for violation in _violations(outcome)]
+    violations += [each for outcome in outcomes for each in _needlessly_broken(outcome, strikes)]
     fair: list[float] = []
     under_fault: list[float] = []
     for outcome in outcomes:
@@ -121,12 +124,27 @@ def judge(
     )
 
 
-def _met(outcome: Outcome, strikes: Sequence[Strike]) -> frozenset[str]:
-    return frozenset(
-        strike.kind
+def _strikes_met(outcome: Outcome, strikes: Sequence[Strike]) -> list[Strike]:
+    return [
+        strike
         for strike in strikes
         if strike.began_ns <= outcome.ended_ns and strike.ended_ns + _AFTER_NS >= outcome.began_ns
-    )
+    ]
+
+
+def _met(outcome: Outcome, strikes: Sequence[Strike]) -> frozenset[str]:
+    return frozenset(strike.kind for strike in _strikes_met(outcome, strikes))
+
+
+def _needlessly_broken(outcome: Outcome, strikes: Sequence[Strike]) -> Iterable[Violation]:
+    """An answer that broke off though it was to be continued: one fault costs a client time, and no tokens.
+
+    Several faults at a time may take every replica that an answer goes on at, and full queues have no room for it.
+    """
+    if outcome.end is not End.BROKEN_OFF or outcome.kind is Kind.HISTORY or BROKE_OFF not in outcome.detail:
+        return
+    if "full" not in outcome.detail and len(_strikes_met(outcome, strikes)) <= 1:
+        yield Violation("not continued", f"request {outcome.number}: {outcome.detail}", outcome.trace_id)
 
 
 def _violations(outcome: Outcome) -> Iterable[Violation]:

@@ -110,8 +110,17 @@ class Dispatch:
             raise Unavailable("no replica is ready to serve this request; try again shortly")
         return targets
 
-    def again(self, sampling: Sampling, tried: Targets, failure: TryAgain, prompt_tokens: int = 0) -> Targets:
-        """For a second attempt: elsewhere as far as possible, else the same once more.
+    def again(
+        self,
+        sampling: Sampling,
+        tried: Targets,
+        failure: TryAgain,
+        prompt_tokens: int = 0,
+        kv_was_there: bool = False,
+    ) -> Targets:
+        """For another attempt: elsewhere as far as possible, else the same once more.
+
+        ``kv_was_there``: decode had all of the KV, so that prefill, which has the prompt in its cache, has done well.
 
         Raises:
             HexgenError: the failure itself, where trying again cannot help.
@@ -119,13 +128,13 @@ class Dispatch:
         if isinstance(failure.error, StaleEpoch):
             return self.first(sampling, prompt_tokens)
         self._suspect(tried.prefill if failure.side is Side.PREFILL else tried.decode, failure.error)
-        found = self._elsewhere(sampling, tried, failure.side)
+        found = self._elsewhere(sampling, tried, failure.side, kv_was_there)
         if found is None and not isinstance(failure.error, Overloaded):
-            # A way round prefill, or the same replicas: the connection may have been all that was lost.
+            # A way round what failed, or the same replicas: the connection may have been all that was lost.
             if tried.way is Way.COLOCATED or failure.side is Side.PREFILL:
                 found = self._on_decode(frozenset())
             else:
-                found = self._route(sampling, frozenset())
+                found = self._on_decode(_ids(tried.decode)) or self._route(sampling, frozenset())
         if found is None:
             raise for_client(failure.error)
         return found
@@ -169,15 +178,16 @@ class Dispatch:
         self._suspect_until = {key: until for key, until in self._suspect_until.items() if until > now}
         return frozenset(r.replica_id for r in self.plan.replicas if r.incarnation in self._suspect_until)
 
-    def _elsewhere(self, sampling: Sampling, tried: Targets, side: Side) -> Targets | None:
-        prefill = frozenset({tried.prefill.replica_id} if tried.prefill else ())
-        decode = frozenset({tried.decode.replica_id} if tried.decode else ())
-        suspects = self._suspects()
-        if tried.way is Way.COLOCATED:
+    def _elsewhere(self, sampling: Sampling, tried: Targets, side: Side, kv_was_there: bool) -> Targets | None:
+        prefill, decode, suspects = _ids(tried.prefill), _ids(tried.decode), self._suspects()
+        if tried.way is Way.COLOCATED or sampling.needs_history:
             return self._on_decode(decode | suspects) or self._on_decode(decode)
-        # What prefill's call reports is prefill's failure; what decode's reports may be either's.
-        ladder = [prefill] if side is Side.PREFILL else [decode, prefill]
-        ladder = [prefill | decode | suspects, prefill | decode, *ladder]
+        if side is Side.DECODE and kv_was_there:
+            ladder = [decode | suspects, decode]
+        else:
+            # What prefill's call reports is prefill's failure; what decode's reports may be either's.
+            ladder = [prefill] if side is Side.PREFILL else [decode, prefill]
+            ladder = [prefill | decode | suspects, prefill | decode, *ladder]
         return next((found for exclude in ladder if (found := self._route(sampling, exclude))), None)
 
     def _route(self, sampling: Sampling, exclude: frozenset[str]) -> Targets | None:
@@ -200,3 +210,7 @@ class Dispatch:
         if replica_id is None:
             return None
         return Targets(Way.COLOCATED, plan.epoch, None, plan.replica(replica_id), (replica_id, replica_id))
+
+
+def _ids(replica: Replica | None) -> frozenset[str]:
+    return frozenset({replica.replica_id} if replica is not None else ())

@@ -145,12 +145,12 @@ class Gateway:
         self._measures.arrived(monotonic())
         try:
             async with observe.within(deadline, watch):
-                attempt = await follow(job, self._dispatch, self._peers, give, deadline)
+                served = await follow(job, self._dispatch, self._peers, give, deadline)
         except HexgenError as error:
             if not observe.is_clients_fault(error):
                 self._measures.failed(monotonic())
             raise
-        usage = Usage(len(job.prompt_token_ids), answer.num_tokens, attempt.life.cached_tokens)
+        usage = Usage(len(job.prompt_token_ids), answer.num_tokens, served.cached_tokens)
         observe.succeeded(span, watch, usage, finish_reason)
         self._measures.ended(
             Ended(
@@ -168,9 +168,9 @@ class Gateway:
             ttft_s=watch.ttft_s,
             tpot_s=watch.tpot_s,
             e2e_s=watch.e2e_s,
-            prefill_replica_id=attempt.prefill.replica_id if attempt.prefill else "",
-            decode_replica_id=attempt.decode.replica_id if attempt.decode else "",
-            kv=attempt.life.kv,
+            prefill_replica_id=served.prefill.replica_id if served.prefill else "",
+            decode_replica_id=served.decode.replica_id if served.decode else "",
+            kv=served.kv,
         )
 
     def load(self) -> GatewayLoad:

@@ -7,8 +7,8 @@ Events go in, actions come out; the caller (``runner``) performs them. The rules
   after the first token, is for decode to judge, which may have all bytes already.
 * Decode lost before it verified costs no prefill: the same transfer goes to another decode replica. When what it
   says is that the transfer has ended, prefill's own end, which is on its way, tells why.
-* As long as the client has seen no token, the whole request may be tried again. Afterwards it fails: nothing is
-  sampled twice.
+* A failure of a replica, or of the way to it, ends the attempt and not the request: what comes next is ``progress``'s
+  to say, which knows what the client has seen.
 """
 
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class MoveDecode:
 
 @dataclass(frozen=True, slots=True)
 class TryAgain:
-    """The attempt is over and the client has seen nothing of it. ``side`` is where the failure showed."""
+    """The attempt is over, and another may do better. ``side`` is where the failure showed."""
 
     side: Side
     error: HexgenError
@@ -226,16 +226,16 @@ class Life:
 
     def _give_up(self, side: Side, error: HexgenError) -> tuple[Action, ...]:
         self.over = True
-        if not isinstance(error, ELSEWHERE):
-            return (Fail(error),)
-        # Half an answer cannot be taken back.
-        return (Fail(for_client(error, broke_off=True)),) if self._delivered else (TryAgain(side, error),)
+        return (TryAgain(side, error),) if isinstance(error, ELSEWHERE) else (Fail(error),)
 
 
-def for_client(error: HexgenError, *, broke_off: bool = False) -> HexgenError:
-    """What a failure between our own processes is to the client: they know nothing of transfers and epochs."""
+def for_client(error: HexgenError, *, broke_off: bool = False, why: str = "") -> HexgenError:
+    """What a failure between our own processes is to the client: they know nothing of transfers and epochs.
+
+    ``broke_off``: it has a part of the answer; ``why`` says what kept the rest from being made elsewhere.
+    """
     if broke_off:
-        return Unavailable(f"the answer broke off: {error}")
+        return Unavailable(f"the answer broke off: {error}" + (f"; it cannot be continued: {why}" if why else ""))
     if isinstance(error, StaleEpoch | TransferEnded | TransferNotFound | TransferRefused):
         return Unavailable(f"the hand-over failed: {error}")
     return error

@@ -64,6 +64,18 @@ def test_what_must_not_be_is_found() -> None:
     assert violations(replace(GOOD, end=End.REFUSED, status="UNAVAILABLE")) == []
 
 
+def test_an_answer_is_continued_unless_several_faults_or_its_own_sampling_prevent_it() -> None:
+    broken = replace(GOOD, end=End.BROKEN_OFF, status="UNAVAILABLE", detail="the answer broke off: gone")
+    one = Strike("kill -9: decode", "decode-0", 10 * SECOND, 12 * SECOND)
+    other = Strike("link down: decode", "decode-1", 10 * SECOND, 12 * SECOND)
+    assert violations(broken) == violations(broken, strikes=(one,)) == ["not continued"]
+    assert violations(broken, strikes=(one, other)) == []
+    assert violations(replace(broken, kind=Kind.HISTORY), strikes=(one,)) == []
+    assert violations(replace(broken, detail="the answer broke off: send is full")) == []
+    # The gateway itself was killed.
+    assert violations(replace(broken, detail="connection reset")) == []
+
+
 def test_from_cancel_to_free_is_measured_to_the_last_worker_unless_it_cannot_hear() -> None:
     work = (
         Work("prefill-0", "hexgen2.v1.Prefill/Prefill", 10 * SECOND, 11 * SECOND),

@@ -154,6 +154,31 @@ class House:
         for worker in self.decodes:
             worker.script = rest(ids[1:], STOP if eos else LENGTH)
 
+    def prompts(self, workers: list[Worker]) -> list[str]:
+        """Of all calls that they got."""
+        calls = (call for worker in workers for call in worker.calls)
+        return [b"".join(map(self.text.token_bytes, call.request.prompt_token_ids)).decode() for call in calls]
+
+    def knows(self, prompt: str, text: str) -> None:
+        """Script all workers to answer ``prompt`` with ``text``, and any part of that answer with what follows it."""
+        ids, before = [*self.ids(text), EOS], len(self.ids(prompt))
+
+        def left(request: Any) -> list[int]:
+            given = list(request.prompt_token_ids)[before:]
+            assert given == ids[: len(given)], "not the prompt and what was given"
+            assert request.sampling.max_tokens >= len(ids) - len(given)
+            return ids[len(given) :]
+
+        def prefill(request: Any) -> AsyncGenerator[Any, None]:
+            token, *more = left(request)
+            return first_token(token, MORE if more else STOP)(request)
+
+        def decode(request: Any) -> AsyncGenerator[Any, None]:
+            return rest(left(request)[1 if request.HasField("remote_kv") else 0 :], STOP)(request)
+
+        for worker in (*self.prefills, *self.decodes):
+            worker.script = prefill if worker.role is Role.PREFILL else decode
+
 
 def first_token(token_id: int, finish: Any = MORE, *, cached: int = 0, logprob: float | None = None) -> Script:
     """Prefill: admitted, the first token, then the KV is held until the call is ended."""

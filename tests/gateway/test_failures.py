@@ -1,4 +1,6 @@
-"""A worker lost at each step: a retry that succeeds or a clear error; never a short answer, never a token twice."""
+"""A worker lost at each step: another attempt, which goes on where the client is, or a clear error; never a short
+answer, never a token twice.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -18,9 +20,10 @@ from hexgen2.errors import (
     TransferRefused,
     Unavailable,
 )
+from hexgen2.gateway.progress import ATTEMPTS
 from hexgen2.plan import ReplicaState
 from tests.gateway.asking import answer_of, ask, ask_stream
-from tests.gateway.house import EOS, House, Script, fails, first_token, house, rest, silent, tokens, verified
+from tests.gateway.house import EOS, House, Script, Worker, fails, first_token, house, rest, silent, tokens, verified
 
 LOST = Unavailable("gone")
 
@@ -33,6 +36,17 @@ def once(script: Script, then: Script) -> Script:
         return (scripts.pop() if scripts else then)(request)
 
     return pick
+
+
+def first_of(workers: list[Worker], script: Script) -> None:
+    """``script`` for the first call that any of them gets, their own for the others."""
+    scripts = [script]
+    for worker in workers:
+
+        def pick(request: Any, good: Script = worker.script) -> AsyncGenerator[Any, None]:
+            return (scripts.pop() if scripts else good)(request)
+
+        worker.script = pick
 
 
 def lost_with_tokens_out(made: House) -> Script:
@@ -110,7 +124,6 @@ async def test_prefill_lost_after_the_first_token_but_decode_has_all(folder: Pat
 
 async def test_prefill_lost_after_the_first_token_and_decode_misses_kv(folder: Path) -> None:
     async with house(folder, prefills=2, decodes=2) as made:
-        made.answers("ok")
 
         async def lost(_: Any) -> AsyncGenerator[Any, None]:
             async for response in first_token(made.ids("o")[0])(_):
@@ -118,24 +131,24 @@ async def test_prefill_lost_after_the_first_token_and_decode_misses_kv(folder: P
                 if response.HasField("first_token"):
                     raise LOST
 
-        async def misses(_: Any) -> AsyncGenerator[Any, None]:
-            for worker in made.prefills:
-                for call in worker.calls:
-                    await call.ended()
-            for _ in ():
-                yield
-            raise Unavailable("the transfer ended before it was complete")
+        made.knows("x", "ok")
+        good = made.decodes[0].script
 
-        for worker in made.prefills:
-            worker.script = lost
+        async def misses(request: Any) -> AsyncGenerator[Any, None]:
+            if len(request.prompt_token_ids) == 1:
+                for worker in made.prefills:
+                    for call in worker.calls:
+                        await call.ended()
+                raise Unavailable("the transfer ended before it was complete")
+            async for response in good(request):
+                yield response
+
+        first_of(made.prefills, lost)
         for worker in made.decodes:
             worker.script = misses
-        text, done, error = await ask_stream(made)
-        assert (text, done) == ("o", False)
-        assert error is not None
-        assert error["type"] == "service_unavailable_error"
-        # Nothing is sampled a second time.
-        assert sum(len(worker.calls) for worker in made.prefills) == 1
+        assert await ask_stream(made) == ("ok", True, None)
+        # The token that the client has is not sampled a second time.
+        assert sorted(made.prompts(made.prefills)) == ["x", "xo"]
 
 
 async def test_decode_lost_before_verification_costs_no_prefill(folder: Path) -> None:
@@ -156,9 +169,10 @@ async def test_decode_lost_before_verification_costs_no_prefill(folder: Path) ->
         assert len(set(picked)) == 1
 
 
-@pytest.mark.parametrize("error", [LOST, KvCorrupt("a digest differs"), Overloaded("staging is full")])
+@pytest.mark.parametrize("error", [LOST, KvCorrupt("a digest differs"), Overloaded("staging is full", 0.01)])
 async def test_decode_lost_before_verification_and_no_other(folder: Path, error: HexgenError) -> None:
     async with house(folder) as made:
+        made.knows("x", "okay")
 
         async def after_first_token(_: Any) -> AsyncGenerator[Any, None]:
             await said.wait()
@@ -167,41 +181,88 @@ async def test_decode_lost_before_verification_and_no_other(folder: Path, error:
             raise error
 
         said = asyncio.Event()
+        good = made.prefills[0].script
 
         async def says(request: Any) -> AsyncGenerator[Any, None]:
-            async for response in first_token(made.ids("o")[0])(request):
+            async for response in good(request):
                 yield response
                 if response.HasField("first_token"):
                     said.set()
 
         made.prefills[0].script, made.decodes[0].script = says, after_first_token
         text, done, failure = await ask_stream(made)
-        assert text in ("", "o")
+        # Each attempt may bring a token further.
+        assert text in ("", "o", "ok", "oka")
         assert not done
         assert failure is not None
-        assert await made.prefills[0].calls[0].ended()
-        assert len(made.prefills[0].calls) == 1
+        for call in made.prefills[0].calls:
+            assert await call.ended()
 
 
-async def test_decode_lost_after_verification_is_an_error_in_the_stream(folder: Path) -> None:
+async def test_an_answer_that_breaks_off_is_continued_on_another_replica(folder: Path) -> None:
     async with house(folder, decodes=2) as made:
-        made.answers("ok")
-        for worker in made.decodes:
-            worker.script = lost_with_tokens_out(made)
-        text, done, error = await ask_stream(made)
-        assert (text, done) == ("ok", False)
-        assert error is not None
-        assert "broke off" in error["message"]
+        made.knows("x", "okay")
+        first_of(made.decodes, lost_with_tokens_out(made))
+        status, body = await ask(made, logprobs=0)
+        assert (status, answer_of(body)) == (200, "okay")
+        assert body["usage"] == body["usage"] | {"prompt_tokens": 1, "completion_tokens": 5}
+        assert made.prompts(made.prefills) == ["x", "xok"]
+        # By the same prefill replica, which did well and has the prompt in its cache, to the other decode replica.
+        assert [len(worker.calls) for worker in made.decodes] == [1, 1]
+        second = made.prefills[0].calls[1].request
+        assert second.sampling.max_tokens == made.prefills[0].calls[0].request.sampling.max_tokens - 2
+        assert second.request_id != made.prefills[0].calls[0].request.request_id
+
+
+async def test_a_stop_text_is_found_across_the_break(folder: Path) -> None:
+    async with house(folder, decodes=2) as made:
+        made.knows("x", "okay")
+        first_of(made.decodes, lost_with_tokens_out(made))
+        status, body = await ask(made, stop=["ka"])
+        assert (status, answer_of(body), body["choices"][0]["finish_reason"]) == (200, "o", "stop")
+        assert body["usage"]["completion_tokens"] == 3
+
+
+async def test_a_continuation_waits_for_room(folder: Path) -> None:
+    async with house(folder, decodes=2) as made:
+        made.knows("x", "okay")
+        first_of(made.decodes, lost_with_tokens_out(made))
+        good, full = made.prefills[0].script, [fails(Overloaded("send is full", 0.01))]
+
+        def busy_once(request: Any) -> AsyncGenerator[Any, None]:
+            return (full.pop() if full and len(request.prompt_token_ids) > 1 else good)(request)
+
+        made.prefills[0].script = busy_once
+        assert await ask_stream(made) == ("okay", True, None)
+        assert made.prompts(made.prefills) == ["x", "xok", "xok"]
+
+
+async def test_what_cannot_be_continued_exactly_is_an_error(folder: Path) -> None:
+    async with house(folder, decodes=2) as made:
+        made.knows("x", "okay")
+        first_of(made.decodes, lost_with_tokens_out(made))
+        status, body = await ask(made, seed=1)
+        assert status == 503
+        assert "broke off" in body["error"]["message"]
+        assert "seed" in body["error"]["message"]
         assert sum(len(worker.calls) for worker in made.decodes) == 1
 
 
-async def test_decode_lost_after_verification_is_a_status_without_a_stream(folder: Path) -> None:
-    async with house(folder) as made:
-        made.answers("ok")
-        made.decodes[0].script = lost_with_tokens_out(made)
-        status, body = await ask(made)
-        assert status == 503
-        assert "broke off" in body["error"]["message"]
+async def test_an_answer_that_breaks_off_everywhere_is_an_error_in_the_stream(folder: Path) -> None:
+    async with house(folder, decodes=2) as made:
+        made.knows("x", "okay" * 4)
+        for worker in made.decodes:
+
+            def a_token_each(request: Any) -> AsyncGenerator[Any, None]:
+                asked = len(request.prompt_token_ids)
+                return rest(made.ids("xokayokay")[asked + 1 : asked + 2], then=LOST)(request)
+
+            worker.script = a_token_each
+        text, done, error = await ask_stream(made)
+        assert (text, done) == ("okayok", False)
+        assert error is not None
+        assert "broke off" in error["message"]
+        assert sum(len(worker.calls) for worker in made.decodes) == ATTEMPTS
 
 
 @pytest.mark.parametrize("ids", [[], [80]])
@@ -238,6 +299,7 @@ async def test_colocated_is_tried_once_more_before_a_token_only(folder: Path) ->
             worker.calls.clear()
             worker.script = rest(made.ids("o"), then=LOST)
         status, _ = await ask(made, presence_penalty=1)
+        # Its penalty counts output tokens, of which another replica would know nothing.
         assert status == 503
         assert sum(len(worker.calls) for worker in made.decodes) == 1
 

@@ -106,8 +106,6 @@ def test_tokens_come_in_order_once_and_the_end_is_told_once(events: list[Event])
     assert run.tokens == [0, 1, 2, 3, 4][: len(run.tokens)]
     if run.complete:
         assert run.tokens == [0, 1, 2, 3, 4]
-    if isinstance(run.outcome, TryAgain):
-        assert run.tokens == []
 
 
 @given(two_calls())
@@ -149,18 +147,13 @@ def test_a_transfer_that_has_ended_is_not_moved_and_prefill_says_why(first: bool
         life.on(FIRST)
     assert life.on(Ended(Side.DECODE, USED_UP)) == ()
     full = Overloaded("full")
-    (over,) = life.on(Ended(Side.PREFILL, full))
-    if first:
-        assert isinstance(over, Fail)
-        assert "full" in str(over.error)
-    else:
-        assert over == TryAgain(Side.PREFILL, full)
+    assert life.on(Ended(Side.PREFILL, full)) == (TryAgain(Side.PREFILL, full),)
 
 
 def test_decode_is_not_moved_when_prefill_holds_nothing_any_more() -> None:
     run = play(Life(Way.HAND_OVER), [FIRST, PREFILL_LOST, DECODE_LOST])
     assert not any(isinstance(action, MoveDecode) for action in run.actions)
-    assert isinstance(run.outcome, Fail)
+    assert run.outcome == TryAgain(Side.DECODE, LOST)
 
 
 def test_prefill_lost_after_verification_does_not_matter() -> None:
@@ -193,8 +186,6 @@ def test_a_fault_of_the_request_is_not_tried_elsewhere(error: HexgenError, side:
     assert Life(Way.HAND_OVER).on(Ended(side, error)) == (Fail(error),)
 
 
-def test_half_an_answer_that_broke_off_says_so() -> None:
-    outcome = play(Life(Way.HAND_OVER), [FIRST, VERIFIED, more(1), DECODE_LOST]).outcome
-    assert isinstance(outcome, Fail)
-    assert isinstance(outcome.error, Unavailable)
-    assert "broke off" in str(outcome.error)
+def test_half_an_answer_that_broke_off_may_be_continued() -> None:
+    run = play(Life(Way.HAND_OVER), [FIRST, VERIFIED, more(1), DECODE_LOST])
+    assert (run.tokens, run.outcome) == ([0, 1], TryAgain(Side.DECODE, LOST))
