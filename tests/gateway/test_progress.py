@@ -1,6 +1,7 @@
 """A request over several attempts: what was given is asked for no more, and what cannot be continued is told."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -116,7 +117,7 @@ def test_what_was_given_is_prompt_and_no_longer_asked_for() -> None:
     ],
 )
 def test_what_depends_on_more_than_the_tokens_is_not_continued_but_begun_again(
-    changes: dict[str, float], why: str
+    changes: dict[str, Any], why: str
 ) -> None:
     job = replace(JOB, sampling=replace(JOB.sampling, **changes))
     assert Progress(job).after(BROKEN) is None
@@ -132,7 +133,7 @@ def test_what_depends_on_more_than_the_tokens_is_not_continued_but_begun_again(
     "changes",
     [{"temperature": 0.0, "seed": 1}, {"temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.2}, {"logprobs": 2}],
 )
-def test_what_depends_on_the_tokens_alone_is_continued(changes: dict[str, float]) -> None:
+def test_what_depends_on_the_tokens_alone_is_continued(changes: dict[str, Any]) -> None:
     progress = Progress(replace(JOB, sampling=replace(JOB.sampling, **changes)))
     progress.give(tokens(1))
     assert progress.after(BROKEN) is None
