@@ -159,7 +159,7 @@ class Gateway:
                 usage.completion_tokens,
                 watch.ttft_s,
                 watch.tpot_s,
-                attempt.targets.key,
+                served.targets.key,
             )
         )
         return Summary(
@@ -168,8 +168,8 @@ class Gateway:
             ttft_s=watch.ttft_s,
             tpot_s=watch.tpot_s,
             e2e_s=watch.e2e_s,
-            prefill_replica_id=served.prefill.replica_id if served.prefill else "",
-            decode_replica_id=served.decode.replica_id if served.decode else "",
+            prefill_replica_id=served.targets.prefill.replica_id if served.targets.prefill else "",
+            decode_replica_id=served.targets.decode.replica_id if served.targets.decode else "",
             kv=served.kv,
         )
 

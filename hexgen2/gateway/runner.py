@@ -47,10 +47,9 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """By whom the last attempt was served, what KV it moved, and how much of the client's prompt was cached."""
+    """Where the last attempt was served, what KV it moved, and how much of the client's prompt was cached."""
 
-    prefill: Replica | None
-    decode: Replica | None
+    targets: Targets
     kv: KvMoved | None
     cached_tokens: int
 
@@ -77,7 +76,7 @@ async def follow(job: Job, dispatch: Dispatch, peers: Peers, give: Give, deadlin
             # Of a continuation's prompt the client knows nothing.
             cached_tokens = attempt.life.cached_tokens
         if failure is None or (progress.complete and await give((), progress.complete)):
-            return Served(attempt.targets.prefill, attempt.targets.decode, attempt.life.kv, cached_tokens or 0)
+            return Served(attempt.targets, attempt.life.kv, cached_tokens or 0)
         if (told := progress.after(failure)) is not None:
             raise told
         assert isinstance(failure, TryAgain), "nothing else leads to another attempt"

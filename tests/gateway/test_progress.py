@@ -96,11 +96,11 @@ def test_what_was_given_is_prompt_and_no_longer_asked_for() -> None:
     progress = Progress(JOB)
     progress.give(tokens(1, 2))
     assert progress.after(BROKEN) is None
-    assert progress.job.prompt_token_ids == (*PROMPT, 1, 2)
+    assert list(progress.job.prompt_token_ids) == [*PROMPT, 1, 2]
     assert (progress.job.sampling.max_tokens, progress.job.sampling.min_tokens) == (6, 1)
     progress.give(tokens(3, 4))
     assert progress.after(BROKEN) is None
-    assert progress.job.prompt_token_ids == (*PROMPT, 1, 2, 3, 4)
+    assert list(progress.job.prompt_token_ids) == [*PROMPT, 1, 2, 3, 4]
     assert (progress.job.sampling.max_tokens, progress.job.sampling.min_tokens) == (4, 0)
     told = progress.after(BROKEN)
     assert isinstance(told, Unavailable)
