@@ -15,6 +15,7 @@ from rich.console import Console
 from hexgen2 import trace_tree, traces
 from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
+from hexgen2.cli import why_slow
 from hexgen2.cli.certs import certs_command
 from hexgen2.cli.client import Access, apply_plan
 from hexgen2.cli.fleet_config import FleetConfig
@@ -177,11 +178,22 @@ def apply(plan: Path, coordinator: str, timeout: float, tls: Path | None, as_jso
 
 @main.command()
 @click.argument("which", metavar="ID")
+@click.option("--why-slow", "why", is_flag=True, help="Where its time went against what the plan promised.")
+@click.option("--plan", type=click.Path(path_type=Path, dir_okay=False), help="With --why-slow: what was promised.")
+@click.option(
+    "--coordinator", default="127.0.0.1:50052", show_default=True, help="With --why-slow, without --plan: who has it."
+)
+@timeout(5.0)
+@tls
 @as_json
-def trace(which: str, as_json: bool) -> None:
+def trace(
+    which: str, why: bool, plan: Path | None, coordinator: str, timeout: float, tls: Path | None, as_json: bool
+) -> None:
     """Draw one request's trace. ID is a trace id, its first digits, or `last`."""
     found = traces.find(which)
-    if as_json:
+    if why:
+        why_slow.show(found, plan, coordinator, timeout, access(tls), up_command.make_console(), as_json=as_json)
+    elif as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     else:
         up_command.make_console().print(trace_tree.draw(found))

@@ -222,6 +222,9 @@ class GetPlanResponse(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     STATUSES_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
+    PLAN_JSON_FIELD_NUMBER: _builtins.int
+    plan_json: _builtins.str
+    """The plan.yaml in force, as JSON; empty when nobody planned."""
     @_builtins.property
     def plan(self) -> _types_pb2.Plan: ...
     @_builtins.property
@@ -234,10 +237,11 @@ class GetPlanResponse(_message.Message):
         plan: _types_pb2.Plan | None = ...,
         statuses: _abc.Iterable[_types_pb2.ReplicaStatus] | None = ...,
         gateways: _abc.Iterable[_types_pb2.GatewayLoad] | None = ...,
+        plan_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "plan", b"plan", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "plan", b"plan", "plan_json", b"plan_json", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,7 +100,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         """The plan and every replica's status, now."""
         return pb.GetPlanResponse(
-            plan=convert.plan_to_proto(self._plan), statuses=self._statuses(), gateways=self._loads()
+            plan=convert.plan_to_proto(self._plan),
+            statuses=self._statuses(),
+            gateways=self._loads(),
+            plan_json=self._state.applied or self._state.configured,
         )
 
     async def ApplyPlan(self, request: pb.ApplyPlanRequest, context: Any) -> pb.ApplyPlanResponse:

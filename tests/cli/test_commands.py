@@ -82,6 +82,8 @@ def test_generate_as_json_can_be_traced(up: dict[str, str], environment: dict[st
         time.sleep(0.2)
     assert traced.stdout.startswith(f"trace {made['timing']['trace_id']}")
     as_json = json.loads(run(environment, "trace", "last", "--json").stdout)
+    why = json.loads(run(environment, "trace", "last", "--why-slow", "--json").stdout)
+    assert sum(part["seconds"] for part in why["parts"]) == pytest.approx(why["seconds"], abs=1e-6)
     assert as_json["trace_id"] == made["timing"]["trace_id"]
 
 
