@@ -173,6 +173,9 @@ class GatewayConfig(Config):
         768, ge=1, description="for one more, the connection that has waited longest for a request is closed"
     )
     head_timeout_s: float = Field(10.0, gt=0, description="how long the head of an HTTP request may take to come")
+    unread_timeout_s: float = Field(
+        30.0, gt=0, description="a client that takes nothing of its HTTP answer for so long is hung up on"
+    )
     tls: TlsConfig | None = _TLS
     api_keys: Path | None = Field(
         None, description="file of API keys (`hexgen2 keys`): requests over HTTP and gRPC must show one"

@@ -18,10 +18,10 @@ from hexgen2.rpc.report import PlanWatcher
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.v1 import gateway_pb2_grpc
+from hexgen2.web.server import HttpServer
 from hexgen2.worker.aio import owned
 from services.gateway.grpc_api import GatewayServicer
 from services.gateway.http_api import make_app
-from services.gateway.http_server import HttpServer
 
 #: How often it is looked whether a worker was lost.
 LOOK_S = 1.0

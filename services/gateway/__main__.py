@@ -14,10 +14,11 @@ from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.security.tls import load_tls
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.v1 import gateway_pb2_grpc
+from hexgen2.web.guard import Limits
+from hexgen2.web.server import HttpServer
 from hexgen2.worker.aio import owned
 from services.gateway.grpc_api import GatewayServicer
 from services.gateway.http_api import make_app
-from services.gateway.http_server import HttpServer
 
 SERVICE = "hexgen2.v1.Gateway"
 #: How soon calls to lost replicas are looked at again.
@@ -47,8 +48,7 @@ async def serve(config: GatewayConfig) -> None:
             config.http_listen,
             public_tls,
             client_certs=config.asks_certificates,
-            max_connections=config.max_http_connections,
-            head_timeout_s=config.head_timeout_s,
+            limits=Limits(config.max_http_connections, config.head_timeout_s, config.unread_timeout_s),
         )
 
         async def start() -> None:

@@ -16,9 +16,10 @@ from hexgen2.rpc.client import channel
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.text.tokenizer import TextModel
 from hexgen2.v1 import decode_pb2, decode_pb2_grpc, gateway_pb2_grpc, prefill_pb2, prefill_pb2_grpc, types_pb2
+from hexgen2.web.guard import Limits
+from hexgen2.web.server import HttpServer
 from services.gateway.grpc_api import GatewayServicer
 from services.gateway.http_api import make_app
-from services.gateway.http_server import HttpServer
 from tests.eventually import eventually
 from tests.models import EOS_TOKEN_ID
 
@@ -259,8 +260,7 @@ async def house(folder: Path, prefills: int = 1, decodes: int = 1, **config: Any
         http_server = HttpServer(
             make_app(gateway),
             "127.0.0.1:0",
-            max_connections=settings.max_http_connections,
-            head_timeout_s=settings.head_timeout_s,
+            limits=Limits(settings.max_http_connections, settings.head_timeout_s, settings.unread_timeout_s),
         )
         http_address = await http_server.start()
         stack.push_async_callback(http_server.stop)

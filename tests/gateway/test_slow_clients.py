@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 from hexgen2 import metrics
+from tests.eventually import eventually
 from tests.gateway.asking import ask
 from tests.gateway.house import House, house
 
@@ -65,6 +66,26 @@ async def test_who_brings_no_body_in_time_is_told(folder: Path) -> None:
         assert (await ended(reader)).startswith(b"HTTP/1.1 504")
         assert made.gateway.num_running == 0
         writer.close()
+
+
+async def test_who_takes_nothing_of_its_answer_is_hung_up_on(folder: Path) -> None:
+    async with house(folder, unread_timeout_s=0.3) as made:
+        before = closed("unread")
+        _, writer = await connect(made)
+        # Not until all is written: the answers to these are more than all buffers on the way can hold.
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        asking = asyncio.create_task(write_all(writer, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 2000))
+        await eventually(lambda: closed("unread") > before)
+        made.answers("abc")
+        assert (await ask(made))[0] == 200
+        asking.cancel()
+        await asyncio.wait((asking,))
+        writer.close()
+
+
+async def write_all(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    await writer.drain()
 
 
 async def test_a_long_answer_is_no_slow_head(folder: Path) -> None:

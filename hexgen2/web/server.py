@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from hexgen2.address import check_free, format_address, parse_address, port_in_use
 from hexgen2.security.tls import TlsFiles
 from hexgen2.security.tls_context import https_context
-from services.gateway.http_guard import guarded
+from hexgen2.web.guard import Limits, guarded
 
 
 class _Server(uvicorn.Server):
@@ -33,7 +33,8 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Life: ``start``, then ``stop``. Use as the owner of one app's listening socket.
 
-    With ``tls`` it speaks HTTPS; with ``client_certs`` too only to clients with a certificate.
+    With ``tls`` it speaks HTTPS; with ``client_certs`` too only to clients with a certificate. ``what`` is the field
+    that ``listen`` comes from.
     """
 
     def __init__(
@@ -43,14 +44,15 @@ class HttpServer:
         tls: TlsFiles | None = None,
         *,
         client_certs: bool = False,
-        max_connections: int = 768,
-        head_timeout_s: float = 10.0,
+        limits: Limits = Limits(),  # noqa: B008, it is frozen
+        what: str = "http_listen",
     ) -> None:
         self._app = app
         self._listen = listen
+        self._what = what
         self._tls = tls
         self._client_certs = client_certs
-        self._protocol = guarded(max_connections, head_timeout_s)
+        self._protocol = guarded(limits)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -60,9 +62,9 @@ class HttpServer:
         Raises:
             ConfigError: the address cannot be bound; one line with the remedy.
         """
-        host, port = parse_address(self._listen, what="http_listen")
+        host, port = parse_address(self._listen, what=self._what)
         if port:
-            check_free(self._listen, what="http_listen")
+            check_free(self._listen, what=self._what)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.socket(family, socket.SOCK_STREAM)
         try:
