@@ -89,7 +89,9 @@ TLS_CERTIFICATE_NOT_AFTER = Gauge(
 )
 CALLS_REFUSED = Counter("hexgen2:calls_refused", "Calls refused for what their certificate says.", ["method"])
 HTTP_CONNECTIONS_CLOSED = Counter(
-    "hexgen2:http_connections_closed", "HTTP connections closed because they brought no request, or took no answer.", ["reason"]
+    "hexgen2:http_connections_closed",
+    "HTTP connections closed because they brought no request, or took no answer.",
+    ["reason"],
 )
 API_REQUESTS = Counter(
     "hexgen2:api_requests", "Requests by the name of their API key and how it was taken.", ["key", "outcome"]
