@@ -40,9 +40,12 @@ install: $(INSTALLED) ## environment in .venv and all packages, no model
 demo: setup ## start everything, ask one question over gRPC and HTTP, show its trace, stop
 	@$(BIN)/hexgen2 demo
 
+# Tests run in this many processes: one for fleets and engines, the others for the rest.
+TEST_JOBS ?= 2
+
 .PHONY: test
 test: setup ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_JOBS) --dist loadgroup --durations 25
 
 .PHONY: check
 check: setup lint proto-check test ## formatting, lint, types, import rules, generated stubs, all tests

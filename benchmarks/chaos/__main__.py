@@ -39,6 +39,7 @@ RATES = {"emulated": 18.0, "vllm": 1.0}
 @click.option("--transport", type=click.Choice(["both", "tcp", "ucx"]), default="both", show_default=True)
 @click.option("--cross", is_flag=True, help="two workers that serve both phases (both transports: after the others)")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="or vLLM's model; default: the default model")
+@click.option("--grace", default=2.0, show_default=True, help="seconds that an answer may be later than its deadline")
 @click.option("--free-within", default=1.0, show_default=True, help="seconds from cancel to free, in 99 of 100 cases")
 @click.option("--folder", type=click.Path(path_type=Path), help="for logs and traces; default: a new one")
 @click.option("--keep", is_flag=True, help="keep logs and traces also when nothing was found")
@@ -51,6 +52,7 @@ def main(
     transport: str,
     cross: bool,
     tokenizer: Path | None,
+    grace: float,
     free_within: float,
     folder: Path | None,
     keep: bool,
@@ -81,7 +83,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="hexgen2-") as scratch:
             # Of all processes: where traces go, and what those that are killed cannot clear away.
             os.environ |= {"HEXGEN2_HOME": str(setting.config.folder), "TMPDIR": scratch}
-            result = asyncio.run(_one(setting, seed, free_within, console))
+            result = asyncio.run(_one(setting, seed, grace, free_within, console))
         results.append(result)
         report.show(result, console)
         if result.ok and not keep:
@@ -91,7 +93,7 @@ def main(
     sys.exit(0 if all(result.ok for result in results) else 1)
 
 
-async def _one(setting: Setting, seed: int, free_within: float, console: Console) -> report.Result:
+async def _one(setting: Setting, seed: int, grace: float, free_within: float, console: Console) -> report.Result:
     """Start the fleet, run, stop it, judge."""
     folder = setting.config.folder
     text = TextModel.load(setting.config.tokenizer)
@@ -120,6 +122,7 @@ async def _one(setting: Setting, seed: int, free_within: float, console: Console
                 seed,
                 setting.burst_every_s,
                 setting.lanes,
+                grace,
             )
             cards = deck(roles=setting.roles, links=setting.config.namespaces, seconds=setting.seconds)
             seen = await run(house, load, cards, text, tail, show)

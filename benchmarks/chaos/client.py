@@ -13,7 +13,7 @@ import httpx
 
 from benchmarks.chaos.asks import Api, Ask, Kind
 from benchmarks.chaos.oracle import text_of, wrong_end, wrong_tokens
-from benchmarks.chaos.outcome import GRACE_S, End, Outcome
+from benchmarks.chaos.outcome import End, Outcome
 from hexgen2.engine.base import FinishReason
 from hexgen2.rpc.client import channel
 from hexgen2.text.tokenizer import TextModel
@@ -63,9 +63,12 @@ class _Seen:
 
 
 class Client:
-    """Of one gateway. ``limit_s`` is the gateway's own deadline, for requests that bring none."""
+    """Of one gateway. ``limit_s`` is the gateway's own deadline, for requests that bring none.
 
-    def __init__(self, grpc_address: str, http_address: str, text: TextModel, limit_s: float) -> None:
+    ``grace_s``: how much later than its deadline an answer may come, since the client shares its cores with the fleet.
+    """
+
+    def __init__(self, grpc_address: str, http_address: str, text: TextModel, limit_s: float, grace_s: float) -> None:
         self._channel = channel(grpc_address)
         self._http = httpx.AsyncClient(
             base_url=f"http://{http_address}",
@@ -74,6 +77,7 @@ class Client:
         )
         self._text = text
         self._limit_s = limit_s
+        self._grace_s = grace_s
 
     async def close(self) -> None:
         """Close all connections."""
@@ -88,7 +92,7 @@ class Client:
         began_ns = time.time_ns()
         given_up_ns = None
         end, status, detail = End.ANSWERED, "OK", ""
-        wait_s = min(ask.timeout_s or self._limit_s, self._limit_s) + GRACE_S
+        wait_s = min(ask.timeout_s or self._limit_s, self._limit_s) + self._grace_s
         leaves = ask.cancel_after_s is not None and ask.cancel_after_s < wait_s
         try:
             try:

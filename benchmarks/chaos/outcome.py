@@ -5,9 +5,6 @@ from enum import StrEnum
 
 from benchmarks.chaos.asks import Api, Kind
 
-#: How much later than its deadline an answer may come: the client shares its cores with the whole fleet.
-GRACE_S = 2.0
-
 
 class End(StrEnum):
     """How it ended."""

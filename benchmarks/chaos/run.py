@@ -48,6 +48,8 @@ class Load:
     burst_every_s: float
     #: Faults at a time.
     lanes: int
+    #: How late an answer may be.
+    grace_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Seen:
 async def run(house: House, load: Load, cards: list[Card], text: TextModel, tail: SpanTail, show: Show) -> Seen:
     """Everything that happens to a fleet that is up."""
     seen = Seen()
-    client = Client(house.grpc_address, house.http_address, text, REQUEST_TIMEOUT_S)
+    client = Client(house.grpc_address, house.http_address, text, REQUEST_TIMEOUT_S, load.grace_s)
     striker = Striker(house, cards, load.seed, load.lanes)
     meddler = Meddler(house, load.known, load.seed)
     watcher = _Watcher(house, seen)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.chaos.asks import CANCELLED, Kind
 from benchmarks.chaos.faults import Strike
-from benchmarks.chaos.outcome import GRACE_S, End, Outcome
+from benchmarks.chaos.outcome import End, Outcome
 from benchmarks.chaos.watch import Work
 
 #: What a client may be told. Anything else is a fault of ours.
@@ -157,7 +157,7 @@ def _violations(outcome: Outcome) -> Iterable[Violation]:
         yield found("short answer" if short else "wrong tokens", outcome.wrong)
     if outcome.end is End.SILENT:
         waited_s = (outcome.ended_ns - outcome.began_ns) / 1e9
-        yield found("no answer by its deadline", f"waited {waited_s:.1f} s, grace of {GRACE_S:g} s included")
+        yield found("no answer by its deadline", f"waited {waited_s:.1f} s, grace included")
     elif outcome.status not in ALLOWED and not (
         outcome.kind is Kind.OVERSIZE and outcome.status in ("FAILED_PRECONDITION", "INVALID_ARGUMENT")
     ):

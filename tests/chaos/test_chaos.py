@@ -21,7 +21,7 @@ def test_a_fleet_under_load_and_faults_answers_right_or_says_why_not(
     command = [sys.executable, "-m", "benchmarks.chaos", "--json", "--seconds", str(seconds), "--rate", "20"]
     command += ["--transport", transport, "--tokenizer", str(make_tiny_llama(tmp_path / "tiny"))]
     # How soon is for the long run to say; here, that it is soon at all.
-    command += ["--free-within", "20"]
+    command += ["--free-within", "20", "--grace", "20"]
     # What is kept of a run that failed lies where pytest keeps its folders.
     command += ["--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=590, check=False)

@@ -17,7 +17,8 @@ from tests.engine.inprocess import Store, engine
 from tests.engine.pair import pair
 from tests.models import make_tiny_llama
 
-pytestmark = pytest.mark.vllm
+# Up to seven processes import vLLM for a test: minutes on a machine that is busy.
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 

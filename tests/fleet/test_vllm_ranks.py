@@ -12,7 +12,8 @@ from hexgen2.cli.fleet_config import FleetConfig
 from tests.fleet.harness import GREEDY, Running, metric, running
 from tests.models import make_tiny_llama
 
-pytestmark = pytest.mark.vllm
+# Eight processes import vLLM: minutes on a machine that is busy.
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 #: 4 layers, K and V, 2 KV heads of 32 values of 4 bytes.
 BYTES_PER_TOKEN = 4 * 2 * 2 * 32 * 4
