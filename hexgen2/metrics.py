@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from hexgen2.address import format_address, parse_address, port_in_use
+from hexgen2.calibration import Calibration
 from hexgen2.errors import ConfigError
 
 _TTFT_BUCKETS = (
@@ -130,6 +131,20 @@ class Stateful(Protocol):
 
 KV_TRANSFERS_OPEN = OpenTransfers()
 REGISTRY.register(KV_TRANSFERS_OPEN)
+
+
+PLAN_ERROR_RATIO = Gauge(
+    "hexgen2:plan_error_ratio", "Measured over planned time, by replica and term.", ["replica", "term"]
+)
+PLAN_OFF = Gauge("hexgen2:plan_off", "1 when a term of the plan is off by more than the limit.")
+
+
+def tell_calibration(calibration: Calibration) -> None:
+    """Publish the error of the plan in force, and of no other."""
+    PLAN_ERROR_RATIO.clear()
+    for each in calibration.ratios:
+        PLAN_ERROR_RATIO.labels(each.replica_id, each.term).set(each.ratio)
+    PLAN_OFF.set(calibration.off)
 
 
 class MetricsServer:

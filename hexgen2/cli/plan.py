@@ -62,6 +62,11 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
     "--engine", "profile", default=DEFAULT_ENGINE, show_default=True, type=click.Choice(engines()), help="Whose steps."
 )
 @click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="`hexgen2 status --json` of a running plan: devices count as slow as they were measured there.",
+)
+@click.option(
     "--example", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write files to start from."
 )
 @click.option("--budget", type=POSITIVE, metavar="$/H", help="Rent for at most this out of CLUSTER's priced machines.")
@@ -111,6 +116,7 @@ def make_plan(
     budget: float | None,
     target_rate: float | None,
     target_slo: str | None,
+    calibration: Path | None,
     **search: Any,
 ) -> None:
     """The command's work. Raises ConfigError."""
@@ -124,6 +130,8 @@ def make_plan(
         codec_names(kv_codecs),
         engine(profile),
     )
+    if calibration is not None:
+        problem = _as_measured(problem, calibration)
     rate = target_rate or (problem.workload.rate if target_slo is not None else None)
     if target_slo is not None and rate is None:
         raise ConfigError("--target-slo: give --target-rate, too: this workload has no rate")
@@ -154,6 +162,16 @@ def make_plan(
         click.echo(f"assumed: {sentence}")
     for path in written:
         click.echo(f"wrote {path}")
+
+
+def _as_measured(problem: Problem, file: Path) -> Problem:
+    """The problem with devices as slow as a running plan's were. Raises ConfigError."""
+    # Reads messages, which no other plan needs.
+    from hexgen2.calibration_file import load_calibration
+    from hexgen2.scheduler.calibrated import calibrated, device_factors
+
+    factors = device_factors(*load_calibration(file))
+    return replace(problem, cluster=calibrated(problem.cluster, factors, problem.engine))
 
 
 def rent(problem: Problem, budget: float | None, rate: float, strategy: str, **search: Any) -> Placement:

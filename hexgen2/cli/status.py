@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from hexgen2.calibration import Calibration, Term
 from hexgen2.cli.client import Access, get_plan
 from hexgen2.coordinator.gateway_loads import together
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import GatewayLoad, Measured, Plan, Prediction, ReplicaState, ReplicaStatus, Route
+from hexgen2.rpc.calibration_convert import calibration_from_proto
 from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto, status_from_proto
 
 #: More are not read by people.
@@ -40,6 +42,10 @@ async def show_status(address: str, timeout_s: float, access: Access, console: C
     console.print()
     console.print(_promises(plan.prediction, together(gateways)))
     console.print()
+    calibration = calibration_from_proto(answer.calibration)
+    if calibration.ratios:
+        console.print(_errors(calibration))
+        console.print(f"[red]the plan is off: {calibration.why}[/]\n" if calibration.off else "")
     for replica in plan.replicas:
         console.print(f"{replica.replica_id}: KV by {replica.transport}", highlight=False, soft_wrap=True)
     for route in plan.routes[:MAX_ROUTES]:
@@ -97,6 +103,16 @@ def _promises(prediction: Prediction | None, measured: Measured) -> Table:
     table.add_row("output tokens", _of(tokens, "/s at most"), _of(made, "/s"))
     table.add_row("TTFT", _of(ttft_s, " s"), _of(measured.mean_ttft_s if ended else None, " s"))
     table.add_row("TPOT", _of(tpot_s, " s"), _of(measured.mean_tpot_s if ended else None, " s"))
+    return table
+
+
+def _errors(calibration: Calibration) -> Table:
+    """Measured over planned times of each replica, where enough was measured."""
+    table = Table("measured / planned", *Term, box=None, padding=(0, 2, 0, 0))
+    ratios = {(each.replica_id, each.term): each for each in calibration.ratios}
+    for replica_id in dict.fromkeys(each.replica_id for each in calibration.ratios):
+        found = (ratios.get((replica_id, term)) for term in Term)
+        table.add_row(replica_id, *(f"{each.ratio:.2f} ({each.num_samples})" if each else "-" for each in found))
     return table
 
 

@@ -14,10 +14,12 @@ from dataclasses import replace
 import grpc
 import structlog
 
+from hexgen2.calibration import Sample
 from hexgen2.errors import HexgenError, Unavailable
 from hexgen2.plan import GatewayLoad, Load, Plan, Replica, ReplicaState, ReplicaStatus, Role
 from hexgen2.routing import RouteKey, ready, usable_routes
 from hexgen2.rpc import plan_convert as convert
+from hexgen2.rpc.calibration_convert import samples_to_proto
 from hexgen2.rpc.client import channel, to_error
 from hexgen2.security.tls import TlsFiles
 from hexgen2.v1 import coordinator_pb2 as pb
@@ -37,7 +39,8 @@ class Reporter:
     """Reports a replica once a second, and at once when its ``state`` changes. ``run`` until STOPPED or cancelled.
 
     ``replica`` may be replaced (a worker learns its model while it starts). ``load`` is called for each report, and
-    ``on_role`` with each new role that the plan gives a flexible replica and the first epoch of that role.
+    ``on_role`` with each new role that the plan gives a flexible replica and the first epoch of that role. ``samples``
+    is what was measured since it was last called; what a report that fails carried is lost.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class Reporter:
         interval_s: float = REPORT_INTERVAL_S,
         tls: TlsFiles | None = None,
         on_role: Callable[[Role, int], None] = lambda role, epoch: None,
+        samples: Callable[[], tuple[Sample, ...]] = tuple,
     ) -> None:
         self.replica = replica
         #: Why it stopped.
         self.reason = ""
         self._on_role = on_role
+        self._samples = samples
         self._address = coordinator_address
         self._tls = tls
         self._load = load
@@ -84,6 +89,7 @@ class Reporter:
                     load=convert.load_to_proto(self._load()),
                     reason=self.reason,
                     unix_time_s=time.time(),
+                    samples=samples_to_proto(self._samples()),
                 )
                 try:
                     # The last one waits for a coordinator that is just coming back.

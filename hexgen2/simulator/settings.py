@@ -89,10 +89,19 @@ def times_plan(planned: Planned, replica: ReplicaPlan) -> TimesPlan:
     parts = planned.replica(replica.id, replica.role).times.parts(
         Step(min(mean, cost.engine.max_num_batched_tokens), mean * mean / 2, 0, 1, 0, 0.0, 1)
     )
+    decode = planned.replica(replica.id, DECODE)
+
+    def step_s(batch: int) -> float:
+        """Of a token for each: micro-batches go through a pipeline one behind the other."""
+        lanes = min(decode.limits.num_lanes, batch)
+        each = -(-batch // lanes)
+        times = decode.times.parts(Step(0, 0.0, 0, 0, each, each * context, each))
+        return max(sum(times), lanes * max(times))
+
     return TimesPlan(
         prefill={tokens: _rounded(cost.prefill_s(stages, tokens)) for tokens in prompts},
         busiest=_rounded(max(parts) / sum(parts)),
-        decode={batch: _rounded(cost.decode_step_s(stages, batch, context)) for batch in batches},
+        decode={batch: _rounded(step_s(batch)) for batch in batches},
     )
 
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hexgen2.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,26 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Term:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TermEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Term.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TERM_UNSPECIFIED: _Term.ValueType  # 0
+    TERM_PREFILL: _Term.ValueType  # 1
+    TERM_DECODE: _Term.ValueType  # 2
+    TERM_TRANSFER: _Term.ValueType  # 3
+
+class Term(_Term, metaclass=_TermEnumTypeWrapper):
+    """What a plan foretells the time of."""
+
+TERM_UNSPECIFIED: Term.ValueType  # 0
+TERM_PREFILL: Term.ValueType  # 1
+TERM_DECODE: Term.ValueType  # 2
+TERM_TRANSFER: Term.ValueType  # 3
+Global___Term: _TypeAlias = Term  # noqa: Y015
 
 @_typing.final
 class ApplyPlanRequest(_message.Message):
@@ -67,6 +88,7 @@ class ReportRequest(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     UNIX_TIME_S_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     state: _types_pb2.ReplicaState.ValueType
     reason: _builtins.str
     """With REPLICA_STATE_STOPPED: why."""
@@ -76,6 +98,10 @@ class ReportRequest(_message.Message):
     def replica(self) -> _types_pb2.Replica: ...
     @_builtins.property
     def load(self) -> _types_pb2.Load: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]:
+        """What it measured of its own engine since its last report."""
+
     def __init__(
         self,
         *,
@@ -84,14 +110,112 @@ class ReportRequest(_message.Message):
         load: _types_pb2.Load | None = ...,
         reason: _builtins.str = ...,
         unix_time_s: _builtins.float = ...,
+        samples: _abc.Iterable[Global___Sample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "reason", b"reason", "replica", b"replica", "state", b"state", "unix_time_s", b"unix_time_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "reason", b"reason", "replica", b"replica", "samples", b"samples", "state", b"state", "unix_time_s", b"unix_time_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
+
+@_typing.final
+class Sample(_message.Message):
+    """One measurement, of so many seconds in all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    term: Global___Term.ValueType
+    seconds: _builtins.float
+    batch: _builtins.float
+    """Decode: requests in a step, in the mean."""
+    peer_address: _builtins.str
+    """Transfer: whom the KV came from."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each prompt that was done in that time (prefill), of the prompt (transfer), or how many steps (decode)."""
+
+    def __init__(
+        self,
+        *,
+        term: Global___Term.ValueType = ...,
+        seconds: _builtins.float = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        batch: _builtins.float = ...,
+        peer_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "peer_address", b"peer_address", "seconds", b"seconds", "term", b"term", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sample: _TypeAlias = Sample  # noqa: Y015
+
+@_typing.final
+class TermRatio(_message.Message):
+    """Measured over predicted, the median of the last samples of one replica and term."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    RATIO_FIELD_NUMBER: _builtins.int
+    NUM_SAMPLES_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    term: Global___Term.ValueType
+    ratio: _builtins.float
+    num_samples: _builtins.int
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        term: Global___Term.ValueType = ...,
+        ratio: _builtins.float = ...,
+        num_samples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_samples", b"num_samples", "ratio", b"ratio", "replica_id", b"replica_id", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TermRatio: _TypeAlias = TermRatio  # noqa: Y015
+
+@_typing.final
+class Calibration(_message.Message):
+    """The error of the plan so far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RATIOS_FIELD_NUMBER: _builtins.int
+    OFF_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    off: _builtins.bool
+    """Some term is off by more than the limit, and which."""
+    why: _builtins.str
+    @_builtins.property
+    def ratios(self) -> _containers.RepeatedCompositeFieldContainer[Global___TermRatio]: ...
+    def __init__(
+        self,
+        *,
+        ratios: _abc.Iterable[Global___TermRatio] | None = ...,
+        off: _builtins.bool = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["off", b"off", "ratios", b"ratios", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
 
 @_typing.final
 class ReportResponse(_message.Message):
@@ -223,6 +347,7 @@ class GetPlanResponse(_message.Message):
     STATUSES_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
     PLAN_JSON_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.str
     """The plan.yaml in force, as JSON; empty when nobody planned."""
     @_builtins.property
@@ -231,6 +356,8 @@ class GetPlanResponse(_message.Message):
     def statuses(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.ReplicaStatus]: ...
     @_builtins.property
     def gateways(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GatewayLoad]: ...
+    @_builtins.property
+    def calibration(self) -> Global___Calibration: ...
     def __init__(
         self,
         *,
@@ -238,10 +365,11 @@ class GetPlanResponse(_message.Message):
         statuses: _abc.Iterable[_types_pb2.ReplicaStatus] | None = ...,
         gateways: _abc.Iterable[_types_pb2.GatewayLoad] | None = ...,
         plan_json: _builtins.str = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateways", b"gateways", "plan", b"plan", "plan_json", b"plan_json", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "gateways", b"gateways", "plan", b"plan", "plan_json", b"plan_json", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

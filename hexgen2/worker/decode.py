@@ -20,6 +20,7 @@ from hexgen2.kv.handoff import header_for
 from hexgen2.kv.ranks import Ranks
 from hexgen2.kv.wire import prompt_sha256
 from hexgen2.worker.aio import PageQueue, bounded, now, uninterrupted
+from hexgen2.worker.meter import Answer, Meter, Work
 from hexgen2.worker.receive import FetchKv, KvSummary, Receiver, RemoteKv
 from hexgen2.worker.received import Received
 
@@ -44,8 +45,15 @@ class DecodeWorker:
     """Owns the transfers that arrive at this replica, and tells ``received`` of each."""
 
     def __init__(
-        self, engine: Engine, ranks: Ranks, memory: PageQueue, fetch_kv: FetchKv, received: Received | None = None
+        self,
+        engine: Engine,
+        ranks: Ranks,
+        memory: PageQueue,
+        fetch_kv: FetchKv,
+        received: Received | None = None,
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter or Meter()
         self._engine = engine
         self._ranks = ranks
         self._memory = memory
@@ -74,6 +82,7 @@ class DecodeWorker:
                 return
             assert receiver.summary is not None, "everything was fetched"
             self._count(receiver.summary)
+            self._meter.transferred(len(job.prompt_token_ids), receiver.summary.exposed_s, job.remote.prefill_address)
             yield receiver.summary
             request = EngineRequest(
                 job.request_id,
@@ -127,14 +136,19 @@ class DecodeWorker:
 
     async def _generate(self, request: EngineRequest, deadline: float) -> AsyncGenerator[EngineOutput, None]:
         # A caller that has what it wants closes this generator: no failure, unlike what the span's own exit would say.
+        meter = self._meter
+        answer: Answer | None = None
+        work: Work = "decode" if request.load_transfer else "whole"
+        meter.began(work, now())
         with tracer.start_span("decode.engine", record_exception=False, set_status_on_exception=False) as span:
-            num_tokens = 0
+            num_tokens = num_first = 0
             try:
                 async with aclosing(bounded(self._engine.generate(request), deadline)) as outputs:
                     async for output in outputs:
                         if num_tokens == 0:
                             span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
                             span.add_event("first token")
+                            answer, num_first = meter.stepping(now()), len(output.tokens)
                         num_tokens += len(output.tokens)
                         yield output
             except HexgenError as error:
@@ -142,4 +156,7 @@ class DecodeWorker:
                 span.set_status(trace.StatusCode.ERROR, str(error))
                 raise
             finally:
+                if answer is not None:
+                    meter.stepped(answer, num_tokens - num_first, now())
+                meter.ended(work, now())
                 span.set_attribute("gen_ai.usage.output_tokens", num_tokens)

@@ -21,6 +21,7 @@ from hexgen2.kv.ranks import Event, Ranks
 from hexgen2.kv.sending import Reader, SendState, SendTransfer, SendTransfers
 from hexgen2.kv.wire import num_chunks, prompt_sha256
 from hexgen2.worker.aio import Changes, PageQueue, bounded, now, uninterrupted
+from hexgen2.worker.meter import Meter
 
 tracer = trace.get_tracer("hexgen2")
 
@@ -54,7 +55,8 @@ class Admitted:
 class PrefillWorker:
     """Owns the transfers that leave this replica."""
 
-    def __init__(self, engine: Engine, ranks: Ranks, memory: PageQueue) -> None:
+    def __init__(self, engine: Engine, ranks: Ranks, memory: PageQueue, meter: Meter | None = None) -> None:
+        self._meter = meter or Meter()
         self._engine = engine
         self._ranks = ranks
         self._memory = memory
@@ -162,15 +164,20 @@ class PrefillWorker:
             send_transfer=send_transfer,
             trace_headers=job.trace_headers,
         )
-        with tracer.start_as_current_span("prefill.engine") as span:
-            span.set_attribute("gen_ai.usage.input_tokens", len(job.prompt_token_ids))
-            async with aclosing(bounded(self._engine.generate(request), job.deadline)) as outputs:
-                async for output in outputs:
-                    if output.tokens:
-                        span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
-                        finish = first_token_finish(job.sampling, output.finish_reason)
-                        return FirstToken(output.tokens[0], finish, output.cached_tokens)
-        raise EngineFailed("the engine ended a request without a token")
+        self._meter.began("prefill", now())
+        try:
+            with tracer.start_as_current_span("prefill.engine") as span:
+                span.set_attribute("gen_ai.usage.input_tokens", len(job.prompt_token_ids))
+                async with aclosing(bounded(self._engine.generate(request), job.deadline)) as outputs:
+                    async for output in outputs:
+                        if output.tokens:
+                            self._meter.prefilled(len(job.prompt_token_ids) - output.cached_tokens, now())
+                            span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
+                            finish = first_token_finish(job.sampling, output.finish_reason)
+                            return FirstToken(output.tokens[0], finish, output.cached_tokens)
+            raise EngineFailed("the engine ended a request without a token")
+        finally:
+            self._meter.ended("prefill", now())
 
     async def _free(self, transfer_id: str) -> None:
         try:

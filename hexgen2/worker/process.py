@@ -14,6 +14,7 @@ import structlog
 import hexgen2
 from hexgen2 import metrics, telemetry
 from hexgen2.address import parse_address
+from hexgen2.calibration import Sample
 from hexgen2.config import EmulatedEngineConfig, WorkerConfig
 from hexgen2.devices import here
 from hexgen2.engine.base import Engine
@@ -39,8 +40,10 @@ async def run_worker(
     attach: Callable[[Engine, Ranks, Pools], Awaitable[None]],
     tls: TlsFiles | None = None,
     received: Callable[[int], KvReceived] = lambda quarantine_bytes: KvReceived(quarantine_bytes=quarantine_bytes),
+    samples: Callable[[], tuple[Sample, ...]] = tuple,
 ) -> None:
-    """Serve until a signal. ``received`` tells of the KV that came, given the bytes in quarantine.
+    """Serve until a signal. ``received`` tells of the KV that came, given the bytes in quarantine; ``samples`` is what
+    was measured of the engine since it was last called.
 
     Raises:
         EngineFailed: the engine did not start, or died.
@@ -73,7 +76,7 @@ async def run_worker(
             gate.role_epoch = epoch
 
         replica = replace(_replica(config, address), metrics_address=metrics_address)
-        reporter = Reporter(config.coordinator, replica, load, tls=tls, on_role=take_role)
+        reporter = Reporter(config.coordinator, replica, load, tls=tls, on_role=take_role, samples=samples)
         reporting = await stack.enter_async_context(owned(reporter.run()))
 
         async def start() -> None:

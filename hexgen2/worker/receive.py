@@ -51,6 +51,8 @@ class KvSummary:
     transport: str
     codec: str
     seconds: float
+    #: Of these, from when all of it was there to be read, and there was memory for it.
+    exposed_s: float = 0.0
 
 
 class Receiver:
@@ -71,6 +73,7 @@ class Receiver:
         self._changes = Changes()
         # What ranks said, and when, in nanoseconds since the epoch: for spans.
         self._opened_ns = 0
+        self._all_there_s = 0.0
         self._fetched: dict[int, tuple[Fetched, int]] = {}
         self._loaded_ns = 0
 
@@ -148,6 +151,7 @@ class Receiver:
                                         group.create_task(self._stage(message))
                                 case FirstToken():
                                     transfer.sampled(message)
+                                    self._all_there_s = now()
                                 case pieces:
                                     if new := transfer.ready(pieces):
                                         self._ranks.fetch(self.key, new)
@@ -181,6 +185,7 @@ class Receiver:
         except HexgenError as error:
             transfer.fail(error)
         self._opened_ns = time_ns()
+        self._all_there_s = max(self._all_there_s, now())
         if announced := transfer.opened():
             self._ranks.fetch(self.key, announced)
         self._changes.notify()
@@ -238,6 +243,7 @@ class Receiver:
             transport=events[-1].transport_detail if events else "",
             codec=self._remote.codec,
             seconds=seconds,
+            exposed_s=now() - self._all_there_s,
         )
 
 

@@ -16,6 +16,7 @@ from hexgen2.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from hexgen2.worker.aio import Gate, now
 from hexgen2.worker.decode import DecodeWorker
 from hexgen2.worker.loading import Pools
+from hexgen2.worker.meter import Meter
 from hexgen2.worker.prefill import PrefillWorker
 from hexgen2.worker.process import run_worker
 from hexgen2.worker.received import Received
@@ -26,7 +27,7 @@ async def serve(config: WorkerConfig) -> None:
     gate = Gate()
     tls = load_tls(config.tls)
     client = KvClient(tls)
-    received = Received()
+    received, meter = Received(), Meter()
     prefill = PrefillService(gate) if config.role != "decode" else None
     decode = DecodeService(gate) if config.role != "prefill" else None
 
@@ -39,11 +40,13 @@ async def serve(config: WorkerConfig) -> None:
     async def attach(engine: Engine, ranks: Ranks, pools: Pools) -> None:
         limits = engine.max_model_len, engine.model.vocab_size
         if prefill is not None:
-            prefill.attach(PrefillWorker(engine, ranks, pools.send), *limits)
+            prefill.attach(PrefillWorker(engine, ranks, pools.send, meter), *limits)
         if decode is not None:
-            decode.attach(DecodeWorker(engine, ranks, pools.staging, client.fetch, received), *limits)
+            decode.attach(DecodeWorker(engine, ranks, pools.staging, client.fetch, received, meter), *limits)
 
     try:
-        await run_worker(config, gate, register, attach, tls, lambda quarantine: received.told(now(), quarantine))
+        await run_worker(
+            config, gate, register, attach, tls, lambda quarantine: received.told(now(), quarantine), meter.take
+        )
     finally:
         await client.close()

@@ -8,13 +8,17 @@ from typing import Any
 import structlog
 from opentelemetry import trace
 
+from hexgen2 import metrics
+from hexgen2.calibration import Sample
 from hexgen2.coordinator.assignment import assignment_of
 from hexgen2.coordinator.gateway_loads import GatewayLoads
+from hexgen2.coordinator.promises import Promises
 from hexgen2.coordinator.state import Change, FleetState, Snapshot
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch, Unavailable
 from hexgen2.placement import from_json, to_json
 from hexgen2.plan import ReplicaState
 from hexgen2.rpc import plan_convert as convert
+from hexgen2.rpc.calibration_convert import calibration_to_proto, samples_from_proto
 from hexgen2.rpc.client import traceparent
 from hexgen2.v1 import coordinator_pb2 as pb
 from hexgen2.v1 import coordinator_pb2_grpc, types_pb2
@@ -66,6 +70,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         self._changed = asyncio.Event()
         self._refused: dict[str, str] = {}
         self._gateways = GatewayLoads()
+        #: How far the plan's times are off, for whoever plans anew.
+        self.promises = Promises()
 
     async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
         """Registration, heartbeat and load of a worker."""
@@ -73,6 +79,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         state = convert.state_from_proto(request.state)
         try:
             self._check_clock(replica.replica_id, request.unix_time_s)
+            samples = samples_from_proto(request.samples)
             change = self._state.report(replica, state, convert.load_from_proto(request.load), self._clock())
         except (InvalidRequest, ReplicaConflict, ReplicaMismatch) as error:
             self._log_refusal(replica.replica_id, context.peer(), str(error))
@@ -82,6 +89,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             why = {"reason": request.reason} if request.reason else {}
             log.info("replica", replica=replica.replica_id, state=state.value, address=replica.address, **why)
         await self._follow(change)
+        self._calibrate(replica.replica_id, samples)
         member = self._state.member(replica.replica_id)
         if state is ReplicaState.STOPPED or member is None:
             return pb.ReportResponse(plan_epoch=self._plan.epoch)
@@ -104,6 +112,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             statuses=self._statuses(),
             gateways=self._loads(),
             plan_json=self._state.applied or self._state.configured,
+            calibration=calibration_to_proto(self.promises.calibration),
         )
 
     async def ApplyPlan(self, request: pb.ApplyPlanRequest, context: Any) -> pb.ApplyPlanResponse:
@@ -181,6 +190,15 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         except OSError as error:
             # Serving goes on: workers register again should this process end before the disk is mended.
             log.error("state_not_saved", error=str(error), plan_epoch=snapshot.plan.epoch)
+
+    def _calibrate(self, replica_id: str, samples: tuple[Sample, ...]) -> None:
+        promises = self.promises
+        promises.follow(self._state.applied or self._state.configured)
+        ids = {each.address: each.replica_id for each in self._plan.replicas} if samples else {}
+        if promises.add(replica_id, samples, ids):
+            log.warning("plan_off", off=promises.calibration.off, why=promises.calibration.why)
+        if samples:
+            metrics.tell_calibration(promises.calibration)
 
     def _check_clock(self, replica_id: str, unix_time_s: float) -> None:
         ahead_s = unix_time_s - self._wall_clock() if unix_time_s else 0.0
