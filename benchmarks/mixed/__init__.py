@@ -1,0 +1,1 @@
+"""A mixed cluster, planned and guessed, measured on real processes."""
