@@ -139,6 +139,33 @@ class WorkerConfig(Config):
     drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end after SIGTERM")
 
 
+class ReplanConfig(Config):
+    """When and how a coordinator plans anew by itself."""
+
+    cluster: str = Field(
+        "", description="cluster.yaml of the plan, or a name of the catalog; default: as the plan says"
+    )
+    workload: str = Field("", description="workload.yaml of the plan (its limits count as good), or a built-in one")
+    bucket_s: float = Field(10.0, gt=0, description="what clients ask is kept in buckets of so many seconds, for a day")
+    window_s: float = Field(60.0, gt=0, description="what is seen in so many seconds is compared with the plan")
+    drift: float = Field(0.3, gt=0, description="lengths that differ by this share from the planned ones are looked at")
+    busy: float = Field(0.85, gt=0, le=1, description="and more requests than this share of what the plan carries")
+    min_gain: float = Field(0.1, ge=0, description="another plan must carry this share more")
+    min_requests: int = Field(20, ge=1, description="fewer answers than these say nothing")
+    interval_s: float = Field(60.0, ge=0, description="a plan stays so long, but for replicas that go")
+    flip_s: float = Field(5.0, ge=0, description="for so long a replica that changes its role counts as serving nobody")
+    horizon_s: float = Field(300.0, gt=0, description="within so long a change must pay; also how far forecasts look")
+    watch_s: float = Field(
+        60.0, gt=0, description="so long after a change it is taken back when fewer answers are good"
+    )
+    max_drop: float = Field(0.15, gt=0, description="by so much: of the share of good answers")
+    evaluations: int = Field(500, ge=1, description="choices of roles that a search looks at")
+    forecast_s: float = Field(60.0, gt=0, description="how often arrivals are forecast")
+    season_s: float = Field(86400.0, gt=0, description="what the baseline takes arrivals to repeat after")
+    lstm: bool = Field(True, description="also forecast by a small LSTM, in a process of its own")
+    lstm_train_s: float = Field(5.0, gt=0, description="how long it may learn each time")
+
+
 class CoordinatorConfig(Config):
     """The coordinator."""
 
@@ -146,6 +173,8 @@ class CoordinatorConfig(Config):
     metrics_listen: str = ""
     codec: Codec = Field("none", description="what KV travels in between workers; others than none lose a little")
     plan: Path | None = Field(None, description="a plan.yaml whose replicas and routes it is to have; none: all to all")
+    replan: bool = Field(False, description="with a plan: give replicas other roles as requests change or replicas go")
+    replanning: ReplanConfig = ReplanConfig()
     state_file: Path | None = Field(
         None,
         description="where it keeps the plan; default: by its address under $HEXGEN2_HOME, nowhere for port 0",

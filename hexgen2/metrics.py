@@ -85,6 +85,14 @@ KV_QUARANTINE_BYTES = Gauge(
 RECOMPUTED_TOKENS = Counter("hexgen2:recomputed_tokens", "Tokens computed again after the engine pre-empted a request.")
 KV_TRANSPORT_INFO = Gauge("hexgen2:kv_transport_info", "1 for the transport in use.", ["transport", "detail"])
 
+FORECAST_RPS = Gauge(
+    "hexgen2:forecast_requests_per_second", "Arrivals that are expected, by forecaster.", ["forecaster"]
+)
+FORECAST_ERROR = Gauge(
+    "hexgen2:forecast_error", "Mean error of the last forecasts, as a share of the rate.", ["forecaster"]
+)
+PLAN_CHANGES = Counter("hexgen2:plan_changes", "What became of the plan: re-planned, rolled back, ...", ["what"])
+
 TLS_CERTIFICATE_NOT_AFTER = Gauge(
     "hexgen2:tls_certificate_not_after_seconds", "When this process's certificate expires; seconds since 1970."
 )

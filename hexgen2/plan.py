@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from hexgen2.kv.codecs import NONE
+from hexgen2.observed import NOTHING, Tally
 
 
 class Role(StrEnum):
@@ -172,3 +173,14 @@ class GatewayLoad:
     gateway_id: str
     routes: tuple[RouteLoad, ...] = ()
     measured: Measured = Measured()
+    tally: Tally = NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChange:
+    """What happened to the plan, and why."""
+
+    unix_s: float
+    epoch: int
+    what: str
+    why: str

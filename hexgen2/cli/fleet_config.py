@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from hexgen2.config import Config, EngineConfig, KvConfig, home
+from hexgen2.config import Config, EngineConfig, KvConfig, ReplanConfig, home
 from hexgen2.kv.codecs import Codec
 
 #: Of the model that is used when none is named; ``cli.prepare`` makes its folder.
@@ -24,6 +24,8 @@ class FleetConfig(Config):
     cluster: str = Field("", description="with a plan: its cluster.yaml; default: the catalog's of the name it gives")
     workload: str = Field("", description="with a plan: its workload.yaml; default: the built-in one of that name")
     cpu_quotas: bool = Field(True, description="with a plan on CPU cores: hold each replica to its share of them")
+    replan: bool = Field(False, description="with a plan: give replicas other roles as requests change or replicas go")
+    replanning: ReplanConfig = Field(ReplanConfig(), description="when and how; cluster and workload are as above")
     gateways: int = Field(1, ge=1, le=16, description="number of gateways; further ones take any free ports")
     prefill: int = Field(1, ge=0, le=64, description="number of prefill workers; with none, decode workers do both")
     decode: int = Field(1, ge=1, le=64, description="number of decode workers")

@@ -59,6 +59,13 @@ def members(config: FleetConfig, addresses: Addresses, run_dir: Path) -> list[Me
         listen=addresses.coordinator,
         codec=config.codec,
         plan=config.plan.absolute() if config.plan is not None else None,
+        replan=config.replan and config.plan is not None,
+        replanning=config.replanning.model_copy(
+            update={
+                "cluster": config.replanning.cluster or config.cluster,
+                "workload": config.replanning.workload or config.workload,
+            }
+        ),
         state_file=(run_dir / "coordinator.db").absolute(),
         tls=_tls(config, COORDINATOR),
     )

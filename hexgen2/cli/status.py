@@ -1,6 +1,7 @@
 """``hexgen2 status``: the plan, what every replica is doing, and what was promised against what is measured."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -16,9 +17,13 @@ from hexgen2.kv.codecs import NONE
 from hexgen2.plan import GatewayLoad, Measured, Plan, Prediction, ReplicaState, ReplicaStatus, Route
 from hexgen2.rpc.calibration_convert import calibration_from_proto
 from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto, status_from_proto
+from hexgen2.v1 import coordinator_pb2
 
 #: More are not read by people.
 MAX_ROUTES = 40
+
+#: Of the plan's history, the newest.
+MAX_CHANGES = 5
 
 _STYLES = {ReplicaState.READY: "green", ReplicaState.LOST: "red"}
 
@@ -46,6 +51,8 @@ async def show_status(address: str, timeout_s: float, access: Access, console: C
     if calibration.ratios:
         console.print(_errors(calibration))
         console.print(f"[red]the plan is off: {calibration.why}[/]\n" if calibration.off else "")
+    for line in _history(answer):
+        console.print(line, highlight=False, soft_wrap=True)
     for replica in plan.replicas:
         console.print(f"{replica.replica_id}: KV by {replica.transport}", highlight=False, soft_wrap=True)
     for route in plan.routes[:MAX_ROUTES]:
@@ -114,6 +121,19 @@ def _errors(calibration: Calibration) -> Table:
         found = (ratios.get((replica_id, term)) for term in Term)
         table.add_row(replica_id, *(f"{each.ratio:.2f} ({each.num_samples})" if each else "-" for each in found))
     return table
+
+
+def _history(answer: coordinator_pb2.GetPlanResponse) -> Iterable[str]:
+    """What is expected, and what became of the plan and why."""
+    for each in answer.forecasts:
+        error = f"{each.error:.0%} off lately" if each.HasField("error") else "not proven yet"
+        used = ", used" if each.used else ""
+        yield f"expected by {each.name}: {each.requests_per_s:.3g} requests/s, {error}{used}"
+    for change in answer.changes[:MAX_CHANGES]:
+        when = time.strftime("%H:%M:%S", time.localtime(change.unix_time_s))
+        yield f"{when} epoch {change.plan_epoch} {change.what}: {change.why}"
+    if answer.changes or answer.forecasts:
+        yield ""
 
 
 def _rate(measured: Measured) -> str:

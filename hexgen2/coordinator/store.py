@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from hexgen2.coordinator.state import Snapshot
 from hexgen2.errors import ConfigError, HexgenError
-from hexgen2.plan import ReplicaState
+from hexgen2.plan import PlanChange, ReplicaState
 from hexgen2.rpc.plan_convert import plan_from_proto, plan_to_proto
 from hexgen2.v1 import types_pb2
 
@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 #: Plans before this one that are kept, for people who want to know what was in force when.
 KEPT_PLANS = 20
+#: What became of plans, and why.
+KEPT_CHANGES = 1000
 #: How long another process may hold the file before it counts as taken.
 BUSY_S = 1.0
 FORMAT = 1
@@ -31,6 +33,7 @@ FORMAT = 1
 _TABLES = """
 CREATE TABLE IF NOT EXISTS plan (epoch INTEGER PRIMARY KEY, made_unix_s REAL NOT NULL, plan BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS placement (name TEXT PRIMARY KEY, json TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS change (number INTEGER PRIMARY KEY, unix_s REAL, epoch INTEGER, what TEXT, why TEXT);
 CREATE TABLE IF NOT EXISTS replica (replica_id TEXT PRIMARY KEY, state TEXT NOT NULL, role_epoch INTEGER NOT NULL);
 """
 
@@ -76,6 +79,14 @@ class FleetStore:
             OSError: it could not be written.
         """
         await self._run(lambda: self._save(snapshot))
+
+    async def record(self, change: PlanChange) -> None:
+        """Keep a change of plan. Raises OSError when it could not be written."""
+        await self._run(lambda: self._record(change))
+
+    async def changes(self, most: int) -> tuple[PlanChange, ...]:
+        """The last of them, oldest first."""
+        return await self._run(lambda: self._changes(most))
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -138,6 +149,23 @@ class FleetStore:
             placements.get("applied", ""),
             placements.get("configured", ""),
         )
+
+    def _record(self, change: PlanChange) -> None:
+        assert self._connection is not None
+        row = (change.unix_s, change.epoch, change.what, change.why)
+        try:
+            with self._connection as connection:
+                connection.execute("BEGIN")
+                connection.execute("INSERT INTO change (unix_s, epoch, what, why) VALUES (?, ?, ?, ?)", row)
+                connection.execute("DELETE FROM change WHERE number <= last_insert_rowid() - ?", (KEPT_CHANGES,))
+        except sqlite3.Error as error:
+            raise OSError(f"{self.path}: {error}") from error
+
+    def _changes(self, most: int) -> tuple[PlanChange, ...]:
+        assert self._connection is not None
+        query = "SELECT unix_s, epoch, what, why FROM change ORDER BY number DESC LIMIT ?"
+        rows = self._connection.execute(query, (most,)).fetchall()
+        return tuple(PlanChange(*row) for row in reversed(rows))
 
     def _save(self, snapshot: Snapshot) -> None:
         connection, plan = self._connection, snapshot.plan

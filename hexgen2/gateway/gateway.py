@@ -22,6 +22,7 @@ from hexgen2.gateway.limits import ModelLimits
 from hexgen2.gateway.measure import Ended, Measures
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
+from hexgen2.observed import Counter, Slo
 from hexgen2.plan import GatewayLoad, ReplicaState, RouteLoad
 from hexgen2.routing import RouteKey
 from hexgen2.security.tls import TlsFiles
@@ -57,6 +58,7 @@ class Gateway:
         self._plans = plans
         self._dispatch = Dispatch(plans, elsewhere=lambda: elsewhere(self.gateway_id))
         self._measures = Measures(monotonic())
+        self._counter = Counter()
         self._peers = Peers(self._planned_addresses, tls)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -143,15 +145,18 @@ class Gateway:
             return answer.finished
 
         self._measures.arrived(monotonic())
+        self._counter.arrived()
         try:
             async with observe.within(deadline, watch):
                 served = await follow(job, self._dispatch, self._peers, give, deadline)
         except HexgenError as error:
             if not observe.is_clients_fault(error):
                 self._measures.failed(monotonic())
+                self._counter.failed()
             raise
         usage = Usage(len(job.prompt_token_ids), answer.num_tokens, served.cached_tokens)
         observe.succeeded(span, watch, usage, finish_reason)
+        self._counter.ended(usage.prompt_tokens, usage.completion_tokens, watch.ttft_s, watch.tpot_s)
         self._measures.ended(
             Ended(
                 monotonic(),
@@ -179,7 +184,11 @@ class Gateway:
         in_flight, finished = self._dispatch.in_flight, self._measures.by_route(now_s)
         keys = sorted({*in_flight, *finished})
         routes = (RouteLoad(*key, in_flight.get(key, 0), finished.get(key, 0)) for key in keys)
-        return GatewayLoad(self.gateway_id, tuple(routes), self._measures.measured(now_s))
+        return GatewayLoad(self.gateway_id, tuple(routes), self._measures.measured(now_s), self._counter.tally)
+
+    def take_slo(self, slo: Slo) -> None:
+        """What counts as good from now on."""
+        self._counter.slo = slo
 
     async def plan_changed(self) -> bool:
         """Let go of what the plan before needed, and of calls to lost replicas that are silent.

@@ -4,12 +4,15 @@ from collections.abc import Iterable, Mapping
 from math import isfinite
 
 from hexgen2.errors import InvalidRequest
+from hexgen2.forecast import Forecast
+from hexgen2.observed import NUM_CLASSES, ClassTally, Tally
 from hexgen2.plan import (
     GatewayLoad,
     KvReceived,
     Load,
     Measured,
     Plan,
+    PlanChange,
     Prediction,
     Replica,
     ReplicaPrediction,
@@ -220,6 +223,7 @@ def gateway_to_proto(gateway: GatewayLoad) -> pb.GatewayLoad:
             mean_ttft_s=measured.mean_ttft_s,
             mean_tpot_s=measured.mean_tpot_s,
         ),
+        tally=_tally_to_proto(gateway.tally),
     )
 
 
@@ -245,7 +249,39 @@ def gateway_from_proto(message: pb.GatewayLoad, field: str = "gateway") -> Gatew
         m.mean_ttft_s,
         m.mean_tpot_s,
     )
-    return GatewayLoad(message.gateway_id, routes, measured)
+    return GatewayLoad(message.gateway_id, routes, measured, _tally_from_proto(message.tally, f"{field}.tally"))
+
+
+def _tally_to_proto(tally: Tally) -> pb.Tally:
+    return pb.Tally(
+        num_arrived=tally.num_arrived,
+        num_ended=tally.num_ended,
+        num_good=tally.num_good,
+        num_failed=tally.num_failed,
+        classes=[
+            pb.ClassTally(
+                number=each.number, num=each.num, prompt_tokens=each.prompt_tokens, output_tokens=each.output_tokens
+            )
+            for each in tally.classes
+        ],
+    )
+
+
+def _tally_from_proto(message: pb.Tally, field: str) -> Tally:
+    if len(message.classes) > NUM_CLASSES or any(each.number >= NUM_CLASSES for each in message.classes):
+        raise InvalidRequest(f"{field}.classes", f"there are {NUM_CLASSES} classes")
+    classes = tuple(ClassTally(c.number, c.num, c.prompt_tokens, c.output_tokens) for c in message.classes)
+    return Tally(message.num_arrived, message.num_ended, message.num_good, message.num_failed, classes)
+
+
+def change_to_proto(change: PlanChange) -> pb.PlanChange:
+    """One entry of the plan's history."""
+    return pb.PlanChange(unix_time_s=change.unix_s, plan_epoch=change.epoch, what=change.what, why=change.why)
+
+
+def change_from_proto(message: pb.PlanChange) -> PlanChange:
+    """One entry of the plan's history."""
+    return PlanChange(message.unix_time_s, message.plan_epoch, message.what, message.why)
 
 
 def _prediction_to_proto(prediction: Prediction) -> pb.Prediction:
@@ -271,3 +307,11 @@ def _prediction_from_proto(message: pb.Prediction) -> Prediction:
         message.tpot_s,
         tuple(ReplicaPrediction(each.replica_id, each.capacity_rps, each.flow_rps) for each in message.replicas),
     )
+
+
+def forecasts_to_proto(forecasts: Mapping[str, Forecast], best: str) -> list[pb.Forecast]:
+    """Every forecaster's word; ``best`` is whose is used."""
+    return [
+        pb.Forecast(name=who, requests_per_s=each.rps, error=each.error, used=who == best)
+        for who, each in forecasts.items()
+    ]

@@ -16,6 +16,7 @@ import structlog
 
 from hexgen2.calibration import Sample
 from hexgen2.errors import HexgenError, Unavailable
+from hexgen2.observed import Slo
 from hexgen2.plan import GatewayLoad, Load, Plan, Replica, ReplicaState, ReplicaStatus, Role
 from hexgen2.routing import RouteKey, ready, usable_routes
 from hexgen2.rpc import plan_convert as convert
@@ -130,17 +131,24 @@ async def report_gateway(
     load: Callable[[], GatewayLoad],
     tls: TlsFiles | None = None,
     interval_s: float = REPORT_INTERVAL_S,
+    on_slo: Callable[[Slo], None] = lambda slo: None,
 ) -> None:
     """Tell the coordinator once a second what a gateway has in flight and measures; runs until cancelled.
 
-    A coordinator that is away is the plan watch's to log.
+    ``on_slo`` is told what counts as good. A coordinator that is away is the plan watch's to log.
     """
     async with channel(coordinator_address, tls) as peer:
         stub = coordinator_pb2_grpc.CoordinatorStub(peer)
         while True:
             with suppress(grpc.aio.AioRpcError):
                 request = pb.ReportGatewayRequest(gateway=convert.gateway_to_proto(load()))
-                await stub.ReportGateway(request, timeout=REPORT_TIMEOUT_S)
+                answer = await stub.ReportGateway(request, timeout=REPORT_TIMEOUT_S)
+                on_slo(
+                    Slo(
+                        answer.slo_ttft_s if answer.HasField("slo_ttft_s") else None,
+                        answer.slo_tpot_s if answer.HasField("slo_tpot_s") else None,
+                    )
+                )
             await asyncio.sleep(interval_s)
 
 

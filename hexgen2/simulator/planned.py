@@ -74,7 +74,7 @@ class Planned:
         names: dict[str, float] = {}
         taken: dict[Wire, float] = {}
         for replica in self.placement.replicas:
-            for wire, per_request in self._node(replica.id, replica.role).hops:
+            for wire, per_request in self.node(replica.id, replica.role).hops:
                 taken[wire] = taken.get(wire, 0.0) + per_request * replica.flow_rps
         for wire, limit in self._network.bandwidths.items():
             names[wire_name(self.problem.fabric, wire)] = max(0.05 * limit, limit - taken.get(wire, 0.0))
@@ -105,7 +105,7 @@ class Planned:
     def reroute(self, roles: Mapping[str, str]) -> tuple[Route, ...]:
         """See ``Blueprint``: the largest flow over replicas in these roles."""
         names = list(roles)
-        nodes = [self._node(name, role) for name, role in roles.items()]
+        nodes = [self.node(name, role) for name, role in roles.items()]
         codec = self.codec or next((codec_name(route.codec) for route in self.placement.routes), NONE)
         routed = self._network.route(nodes)
         return tuple(Route(names[i], names[j], flow, NONE if i == j else codec) for i, j, flow in routed.routes)
@@ -115,7 +115,7 @@ class Planned:
         key = (prefill_id, decode_id)
         found = self._paths.get(key)
         if found is None:
-            path = self._network.path(self._node(prefill_id, PREFILL), self._node(decode_id, DECODE))
+            path = self._network.path(self.node(prefill_id, PREFILL), self.node(decode_id, DECODE))
             wires = tuple((wire_name(self.problem.fabric, wire), share) for wire, share in path.shares)
             found = self._paths[key] = Path(wires, path.inner_bytes_per_s, path.latency_s)
         return found
@@ -267,7 +267,8 @@ class Planned:
             for s in self._plans[replica_id].stages
         )
 
-    def _node(self, replica_id: str, role: str) -> Replica:
+    def node(self, replica_id: str, role: str) -> Replica:
+        """A replica's node of the network if it had that role: its rate and what it puts on which wire."""
         cost, stages = self.problem.cost, self.stages(replica_id)
         if role == PREFILL:
             rps = cost.prefill_rate(stages)

@@ -268,14 +268,29 @@ Global___ReportGatewayRequest: _TypeAlias = ReportGatewayRequest  # noqa: Y015
 class ReportGatewayResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SLO_TTFT_S_FIELD_NUMBER: _builtins.int
+    SLO_TPOT_S_FIELD_NUMBER: _builtins.int
+    slo_ttft_s: _builtins.float
+    """What an answer must keep to count as good; absent: no limit."""
+    slo_tpot_s: _builtins.float
     def __init__(
         self,
+        *,
+        slo_ttft_s: _builtins.float | None = ...,
+        slo_tpot_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_slo_tpot_s", b"_slo_tpot_s", "_slo_ttft_s", b"_slo_ttft_s", "slo_tpot_s", b"slo_tpot_s", "slo_ttft_s", b"slo_ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_slo_tpot_s", b"_slo_tpot_s", "_slo_ttft_s", b"_slo_ttft_s", "slo_tpot_s", b"slo_tpot_s", "slo_ttft_s", b"slo_ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__slo_tpot_s: _TypeAlias = _typing.Literal["slo_tpot_s"]  # noqa: Y015
+    _WhichOneofArgType__slo_tpot_s: _TypeAlias = _typing.Literal["_slo_tpot_s", b"_slo_tpot_s"]  # noqa: Y015
+    _WhichOneofReturnType__slo_ttft_s: _TypeAlias = _typing.Literal["slo_ttft_s"]  # noqa: Y015
+    _WhichOneofArgType__slo_ttft_s: _TypeAlias = _typing.Literal["_slo_ttft_s", b"_slo_ttft_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slo_tpot_s) -> _WhichOneofReturnType__slo_tpot_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slo_ttft_s) -> _WhichOneofReturnType__slo_ttft_s | None: ...
 
 Global___ReportGatewayResponse: _TypeAlias = ReportGatewayResponse  # noqa: Y015
 
@@ -346,6 +361,8 @@ class GetPlanResponse(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     STATUSES_FIELD_NUMBER: _builtins.int
     GATEWAYS_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    FORECASTS_FIELD_NUMBER: _builtins.int
     PLAN_JSON_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     plan_json: _builtins.str
@@ -357,6 +374,12 @@ class GetPlanResponse(_message.Message):
     @_builtins.property
     def gateways(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.GatewayLoad]: ...
     @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.PlanChange]:
+        """The last of them, newest first."""
+
+    @_builtins.property
+    def forecasts(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Forecast]: ...
+    @_builtins.property
     def calibration(self) -> Global___Calibration: ...
     def __init__(
         self,
@@ -364,12 +387,14 @@ class GetPlanResponse(_message.Message):
         plan: _types_pb2.Plan | None = ...,
         statuses: _abc.Iterable[_types_pb2.ReplicaStatus] | None = ...,
         gateways: _abc.Iterable[_types_pb2.GatewayLoad] | None = ...,
+        changes: _abc.Iterable[_types_pb2.PlanChange] | None = ...,
+        forecasts: _abc.Iterable[_types_pb2.Forecast] | None = ...,
         plan_json: _builtins.str = ...,
         calibration: Global___Calibration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "gateways", b"gateways", "plan", b"plan", "plan_json", b"plan_json", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "changes", b"changes", "forecasts", b"forecasts", "gateways", b"gateways", "plan", b"plan", "plan_json", b"plan_json", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -646,25 +646,160 @@ class GatewayLoad(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     ROUTES_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
+    TALLY_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     @_builtins.property
     def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteLoad]: ...
     @_builtins.property
     def measured(self) -> Global___Measured: ...
+    @_builtins.property
+    def tally(self) -> Global___Tally: ...
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         routes: _abc.Iterable[Global___RouteLoad] | None = ...,
         measured: Global___Measured | None = ...,
+        tally: Global___Tally | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "tally", b"tally"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "measured", b"measured", "routes", b"routes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "measured", b"measured", "routes", b"routes", "tally", b"tally"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayLoad: _TypeAlias = GatewayLoad  # noqa: Y015
+
+@_typing.final
+class Tally(_message.Message):
+    """Requests since a gateway began: counts that only grow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ARRIVED_FIELD_NUMBER: _builtins.int
+    NUM_ENDED_FIELD_NUMBER: _builtins.int
+    NUM_GOOD_FIELD_NUMBER: _builtins.int
+    NUM_FAILED_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
+    num_arrived: _builtins.int
+    num_ended: _builtins.int
+    num_good: _builtins.int
+    """Ended well, within the limits that the coordinator told."""
+    num_failed: _builtins.int
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassTally]: ...
+    def __init__(
+        self,
+        *,
+        num_arrived: _builtins.int = ...,
+        num_ended: _builtins.int = ...,
+        num_good: _builtins.int = ...,
+        num_failed: _builtins.int = ...,
+        classes: _abc.Iterable[Global___ClassTally] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "num_arrived", b"num_arrived", "num_ended", b"num_ended", "num_failed", b"num_failed", "num_good", b"num_good"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tally: _TypeAlias = Tally  # noqa: Y015
+
+@_typing.final
+class ClassTally(_message.Message):
+    """Answers of one class of lengths that ended well, and their tokens in all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    NUM_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    num: _builtins.int
+    prompt_tokens: _builtins.int
+    output_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        num: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num", b"num", "number", b"number", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClassTally: _TypeAlias = ClassTally  # noqa: Y015
+
+@_typing.final
+class PlanChange(_message.Message):
+    """What happened to the plan, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIX_TIME_S_FIELD_NUMBER: _builtins.int
+    PLAN_EPOCH_FIELD_NUMBER: _builtins.int
+    WHAT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    unix_time_s: _builtins.float
+    plan_epoch: _builtins.int
+    what: _builtins.str
+    """"configured", "applied" (by a person), "re-planned", "kept" (after a search), "rolled back"."""
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        unix_time_s: _builtins.float = ...,
+        plan_epoch: _builtins.int = ...,
+        what: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_epoch", b"plan_epoch", "unix_time_s", b"unix_time_s", "what", b"what", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanChange: _TypeAlias = PlanChange  # noqa: Y015
+
+@_typing.final
+class Forecast(_message.Message):
+    """One forecaster of the arrival rate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_S_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"seasonal" or "lstm"."""
+    requests_per_s: _builtins.float
+    error: _builtins.float
+    """Mean of its errors lately, as a share of the rate; absent while none is known."""
+    used: _builtins.bool
+    """It was the better one."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        requests_per_s: _builtins.float = ...,
+        error: _builtins.float | None = ...,
+        used: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "error", b"error", "name", b"name", "requests_per_s", b"requests_per_s", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
+    _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__error) -> _WhichOneofReturnType__error | None: ...
+
+Global___Forecast: _TypeAlias = Forecast  # noqa: Y015
 
 @_typing.final
 class Measured(_message.Message):

@@ -11,15 +11,21 @@ import hexgen2
 from hexgen2 import metrics, telemetry
 from hexgen2.address import check_free, parse_address
 from hexgen2.cli.options import run_service
+from hexgen2.cluster_file import find_cluster
 from hexgen2.config import CoordinatorConfig, home
 from hexgen2.coordinator.assignment import assignment_of
+from hexgen2.coordinator.outlook import TOLD, Outlook
 from hexgen2.coordinator.state import Change, FleetState
 from hexgen2.coordinator.store import FleetStore
+from hexgen2.errors import ConfigError
 from hexgen2.placement import from_json, load_placement, to_json
+from hexgen2.plan import PlanChange
 from hexgen2.rpc.server import GrpcServer, run_until_signal
 from hexgen2.security.tls import load_tls
 from hexgen2.v1 import coordinator_pb2_grpc
-from services.coordinator.service import SERVICE, UNTRACED, CoordinatorService, not_kept
+from hexgen2.workload_file import find_workload
+from services.coordinator.replanner import Replanner
+from services.coordinator.service import SERVICE, UNTRACED, CoordinatorService, not_kept, not_recorded
 
 log = structlog.get_logger(__name__)
 
@@ -36,10 +42,12 @@ async def serve(config: CoordinatorConfig) -> None:
         configured = to_json(load_placement(config.plan)) if config.plan else ""
         # Before the file: who starts a second one should hear of the port, not of the file's lock.
         check_free(config.listen)
-        save, snapshot = not_kept, None
+        save, record, snapshot = not_kept, not_recorded, None
+        changes: tuple[PlanChange, ...] = ()
         if (path := state_file(config)) is not None:
             store = await stack.enter_async_context(FleetStore(path))
-            save, snapshot = store.save, await store.load()
+            save, record, snapshot = store.save, store.record, await store.load()
+            changes = await store.changes(TOLD)
         # A plan that was applied stays in force until another is configured.
         applied = snapshot.applied if snapshot is not None and snapshot.configured == configured else ""
         in_force = applied or configured
@@ -56,7 +64,16 @@ async def serve(config: CoordinatorConfig) -> None:
             state.replan()
         await save(state.snapshot)
         log.info("state", file=str(path or ""), restored=snapshot is not None, replicas=len(state.plan.replicas))
-        service = CoordinatorService(state, time.monotonic, save=save, max_clock_skew_s=config.max_clock_skew_s)
+        outlook = Outlook(config.replanning.bucket_s, config.replanning.horizon_s, changes)
+        service = CoordinatorService(
+            state,
+            time.monotonic,
+            save=save,
+            record=record,
+            outlook=outlook,
+            max_clock_skew_s=config.max_clock_skew_s,
+        )
+        replanner = _replanner(config, service, outlook)
         server = GrpcServer(config.listen, untraced=UNTRACED, tls=load_tls(config.tls))
         server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, SERVICE)
 
@@ -74,10 +91,28 @@ async def serve(config: CoordinatorConfig) -> None:
             await server.stop(config.drain_s)
 
         async with asyncio.TaskGroup() as tasks:
-            expiry = tasks.create_task(service.run_expiry())
+            beside = [tasks.create_task(service.run_expiry())]
+            if replanner is not None:
+                stack.enter_context(replanner)
+                beside.append(tasks.create_task(replanner.run()))
             await run_until_signal(start, drain)
-            expiry.cancel()
+            for task in beside:
+                task.cancel()
     log.info("stopped")
+
+
+def _replanner(config: CoordinatorConfig, service: CoordinatorService, outlook: Outlook) -> Replanner | None:
+    """None unless it is asked for. Raises ConfigError when there is no plan, or its workload is not known."""
+    if not config.replan:
+        return None
+    placement = service.placement
+    if placement is None:
+        raise ConfigError("replan: there is no plan: give one (plan: plan.yaml), or leave replan out")
+    settings = config.replanning
+    # Both are needed later, in another process: what is missing is told now.
+    find_cluster(settings.cluster or placement.cluster)
+    workload = find_workload(settings.workload or placement.workload)
+    return Replanner(settings, service, outlook, placement, workload, time.monotonic)
 
 
 def state_file(config: CoordinatorConfig) -> Path | None:

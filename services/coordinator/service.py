@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import structlog
@@ -12,11 +12,12 @@ from hexgen2 import metrics
 from hexgen2.calibration import Sample
 from hexgen2.coordinator.assignment import assignment_of
 from hexgen2.coordinator.gateway_loads import GatewayLoads
+from hexgen2.coordinator.outlook import Outlook
 from hexgen2.coordinator.promises import Promises
 from hexgen2.coordinator.state import Change, FleetState, Snapshot
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch, Unavailable
-from hexgen2.placement import from_json, to_json
-from hexgen2.plan import ReplicaState
+from hexgen2.placement import Placement, from_json, to_json
+from hexgen2.plan import PlanChange, ReplicaState, ReplicaStatus
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.calibration_convert import calibration_to_proto, samples_from_proto
 from hexgen2.rpc.client import traceparent
@@ -35,11 +36,16 @@ SERVICE = "hexgen2.v1.Coordinator"
 UNTRACED = frozenset({f"/{SERVICE}/Report", f"/{SERVICE}/WatchPlan"})
 
 Save = Callable[[Snapshot], Awaitable[None]]
+Record = Callable[[PlanChange], Awaitable[None]]
 
 log = structlog.get_logger(__name__)
 
 
 async def not_kept(snapshot: Snapshot) -> None:
+    """For a coordinator without a file."""
+
+
+async def not_recorded(change: PlanChange) -> None:
     """For a coordinator without a file."""
 
 
@@ -53,6 +59,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         load_interval_s: float = LOAD_INTERVAL_S,
         *,
         save: Save = not_kept,
+        record: Record = not_recorded,
+        outlook: Outlook | None = None,
         wall_clock: Callable[[], float] = time.time,
         max_clock_skew_s: float = 30.0,
     ) -> None:
@@ -60,6 +68,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         # What watchers see: a plan is announced once it is kept, so that its epoch never means two things.
         self._plan = state.plan
         self._save = save
+        self._record = record
+        self._outlook = outlook or Outlook()
         self._clock = clock
         self._wall_clock = wall_clock
         self._max_clock_skew_s = max_clock_skew_s
@@ -101,9 +111,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def ReportGateway(self, request: pb.ReportGatewayRequest, context: Any) -> pb.ReportGatewayResponse:
         """What a gateway has in flight and measures."""
-        self._gateways.report(convert.gateway_from_proto(request.gateway), self._clock())
+        load, now_s = convert.gateway_from_proto(request.gateway), self._clock()
+        self._gateways.report(load, now_s)
+        self._outlook.series.report(load.gateway_id, load.tally, now_s)
         await self._follow(Change.LOAD)
-        return pb.ReportGatewayResponse()
+        slo = self._outlook.slo
+        return pb.ReportGatewayResponse(slo_ttft_s=slo.ttft_s, slo_tpot_s=slo.tpot_s)
 
     async def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
         """The plan and every replica's status, now."""
@@ -113,16 +126,58 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             gateways=self._loads(),
             plan_json=self._state.applied or self._state.configured,
             calibration=calibration_to_proto(self.promises.calibration),
+            changes=[convert.change_to_proto(change) for change in self._outlook.changes],
+            forecasts=convert.forecasts_to_proto(self._outlook.contest.forecasts, self._outlook.contest.best),
         )
 
     async def ApplyPlan(self, request: pb.ApplyPlanRequest, context: Any) -> pb.ApplyPlanResponse:
         """Another plan for the replicas that are there."""
-        placement = from_json(request.plan_json)
+        await self.apply(from_json(request.plan_json), "applied", "by a person")
+        return pb.ApplyPlanResponse(plan_epoch=self._plan.epoch)
+
+    @property
+    def placement(self) -> Placement | None:
+        """The plan.yaml in force; None when nobody planned."""
+        text = self._state.applied or self._state.configured
+        return from_json(text) if text else None
+
+    @property
+    def statuses(self) -> tuple[ReplicaStatus, ...]:
+        """Of every replica."""
+        return self._state.statuses
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """What each replica does now, by its id."""
+        return {each.replica_id: each.role.value for each in self._state.plan.replicas}
+
+    async def apply(self, placement: Placement, what: str, why: str) -> None:
+        """Another plan for the replicas that are there; ``what`` and ``why`` are for the history.
+
+        Raises:
+            ReplicaMismatch: it does not fit them; nothing has changed.
+        """
         self._state.assign(assignment_of(placement))
         self._state.applied = to_json(placement)
-        log.info("plan_applied", replicas=len(placement.replicas), throughput_rps=placement.throughput_rps)
+        log.info("plan_applied", what=what, why=why, throughput_rps=placement.throughput_rps)
         await self._follow(Change.MEMBERS)
-        return pb.ApplyPlanResponse(plan_epoch=self._plan.epoch)
+        await self.record(what, why)
+
+    async def record(self, what: str, why: str) -> None:
+        """Add to the plan's history."""
+        change = PlanChange(self._wall_clock(), self._plan.epoch, what, why)
+        self._outlook.changed(change)
+        metrics.PLAN_CHANGES.labels(what).inc()
+        try:
+            await self._record(change)
+        except OSError as error:
+            log.error("change_not_recorded", error=str(error), what=what, why=why)
+
+    async def members_changed(self) -> None:
+        """Return when a replica came, went or changed its state."""
+        states = self._versions[0]
+        while self._versions[0] == states:
+            await self._changed.wait()
 
     async def WatchPlan(self, request: pb.WatchPlanRequest, context: Any) -> AsyncIterator[pb.WatchPlanResponse]:
         """The plan now, at once when it or a state changes, and at most once a second when loads do."""

@@ -57,7 +57,8 @@ async def serve(config: GatewayConfig) -> None:
             stack.push_async_callback(http_server.stop)
             http_address = await http_server.start()
             await stack.enter_async_context(owned(watcher.run()))
-            await stack.enter_async_context(owned(report_gateway(config.coordinator, gateway.load, tls)))
+            reports = report_gateway(config.coordinator, gateway.load, tls, on_slo=gateway.take_slo)
+            await stack.enter_async_context(owned(reports))
             await stack.enter_async_context(owned(_follow(watcher, gateway, grpc_server)))
             log.info(
                 "ready",
