@@ -60,7 +60,8 @@ class Replanner:
         )
         self._placement = placement
         # Where every replica stands that was ever in a plan, also while it is gone.
-        self._known = {each.id: each for each in placement.replicas}
+        configured = service.configured or placement
+        self._known = {each.id: each for each in (*configured.replicas, *placement.replicas)}
         self._plan = InForce(workload, placement.throughput_rps, clock(), frozenset())
         self._before: Placement | None = None
         self._watch: Watch | None = None

@@ -142,6 +142,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         return from_json(text) if text else None
 
     @property
+    def configured(self) -> Placement | None:
+        """The one that this coordinator was started with, likewise."""
+        return from_json(self._state.configured) if self._state.configured else None
+
+    @property
     def statuses(self) -> tuple[ReplicaStatus, ...]:
         """Of every replica."""
         return self._state.statuses
