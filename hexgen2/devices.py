@@ -77,7 +77,7 @@ def shares(placement: Placement, machine: Machine) -> Mapping[str, Share]:
     Raises:
         ConfigError: the machine does not have it; says what differs and what to do.
     """
-    problems = _missing(placement, machine)
+    problems = missing(placement, machine)
     if problems:
         raise ConfigError(
             f"the plan is for other hardware than this machine has: {'; '.join(problems)}. Start it where that is, "
@@ -96,7 +96,8 @@ def shares(placement: Placement, machine: Machine) -> Mapping[str, Share]:
     return found
 
 
-def _missing(placement: Placement, machine: Machine) -> list[str]:
+def missing(placement: Placement, machine: Machine) -> list[str]:
+    """What the plan takes and the machine does not have, each in a few words."""
     problems = []
     wanted: Counter[str] = Counter()
     for replica in placement.replicas:

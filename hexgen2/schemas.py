@@ -1,4 +1,4 @@
-"""JSON schemas of the planner's files, from the classes that read them. ``python -m hexgen2.schemas`` writes them."""
+"""JSON schemas of files that people write, from the classes that read them. `python -m hexgen2.schemas` writes them."""
 
 import json
 import sys
@@ -8,9 +8,14 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from hexgen2.cluster_file import ClusterSpec
+from hexgen2.inventory import Inventory
 from hexgen2.workload_file import WorkloadSpec
 
-FILES: Mapping[str, type[BaseModel]] = {"cluster.schema.json": ClusterSpec, "workload.schema.json": WorkloadSpec}
+FILES: Mapping[str, type[BaseModel]] = {
+    "cluster.schema.json": ClusterSpec,
+    "workload.schema.json": WorkloadSpec,
+    "inventory.schema.json": Inventory,
+}
 
 
 def schema(name: str) -> str:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
+from hexgen2.cli.baremetal import baremetal_command
 from hexgen2.cli.fleet_config import DEFAULT_MODEL_NAME
-from hexgen2.cli.members import planned_engine, planned_environment
 from hexgen2.config import GatewayConfig, KvConfig, VllmEngineConfig, WorkerConfig
 from hexgen2.deploy import observability
 from hexgen2.deploy.compose import HOME, Deployment, Worker, compose, metrics_targets, to_yaml
+from hexgen2.deploy.replicas import planned_engine, planned_environment
 from hexgen2.devices import Machine, here, shares
 from hexgen2.errors import ConfigError
 from hexgen2.placement import Placement, load_placement
@@ -35,6 +36,9 @@ USES = (
 @click.group()
 def deploy() -> None:
     """Write files that start a fleet in containers or on many machines."""
+
+
+deploy.add_command(baremetal_command)
 
 
 @deploy.command("compose")

@@ -141,7 +141,8 @@ def _service(
             "interval": "5s",
             "timeout": "5s",
             "retries": 3,
-            "start_period": "300s",
+            # Loading a large model takes long; the first success ends it.
+            "start_period": "1800s",
         },
         "restart": "unless-stopped",
         # What drains needs its time, and a little to end.

@@ -7,6 +7,7 @@ descriptor in ``selectable`` is readable whenever there is something to do. Host
 import secrets
 import selectors
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from hexgen2.errors import ConfigError
@@ -56,7 +57,9 @@ class TcpTransport:
             buffer = _host_memory("send", send)
             nonce = secrets.token_bytes(wire.NONCE_BYTES)
             self._server = ReadServer(self._host, nonce, buffer, self._selector, self._streams)
-            self._endpoint = wire.Endpoint(self._server.host, self._server.port, nonce, len(buffer)).pack()
+            # Peers connect to the address that the name has here, and find the name in the certificate.
+            name = "" if _is_address(self._host) else self._host
+            self._endpoint = wire.Endpoint(self._server.host, self._server.port, nonce, len(buffer), name).pack()
 
     def endpoint(self) -> bytes:
         """Address, size and nonce of our send buffer. Whoever has it can read that: it travels like a secret."""
@@ -128,6 +131,14 @@ class TcpTransport:
         excess = len(self._connections) - _MAX_CONNECTIONS + 1
         for key in [key for key, c in self._connections.items() if c.is_idle][: max(0, excess)]:
             self._connections.pop(key).close()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _host_memory(name: str, buffer: "torch.Tensor") -> memoryview:

@@ -112,7 +112,7 @@ class ReadConnection:
                 self.close(f"cannot connect: {os.strerror(error)}")
                 return
             try:
-                self._stream = self._streams.connected(self._socket, self.endpoint.host)
+                self._stream = self._streams.connected(self._socket, self.endpoint.name or self.endpoint.host)
             except OSError as bad:
                 self.close(str(bad))
                 return

@@ -5,6 +5,7 @@ Little-endian. The reader opens with ``HELLO`` (magic and the nonce of the endpo
 ``ANSWER`` (read id, status, length) and that many bytes: the spans one after another, or the reason of a refusal.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -20,6 +21,8 @@ REQUEST = Struct("<QI4x")
 SPAN = Struct("<QQ")
 ANSWER = Struct("<QI4xQ")
 
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
+
 OK, REFUSED = 0, 1
 #: The read id of a refusal of everything on this connection: the nonce was wrong.
 WHOLE_CONNECTION = (1 << 64) - 1
@@ -30,16 +33,21 @@ MAX_REFUSAL_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a send buffer is served; ``nonce`` is new in every process, so that a recycled port is noticed."""
+    """Where a send buffer is served; ``nonce`` is new in every process, so that a recycled port is noticed.
+
+    ``name`` is what the server's certificate calls it, where that is not its address.
+    """
 
     host: str
     port: int
     nonce: bytes
     num_bytes: int
+    name: str = ""
 
     def pack(self) -> bytes:
         """As travels in a ``KvRank``."""
-        return _ENDPOINT.pack(_MAGIC, self.nonce, self.num_bytes, self.port) + self.host.encode()
+        name = f"/{self.name}" if self.name else ""
+        return _ENDPOINT.pack(_MAGIC, self.nonce, self.num_bytes, self.port) + f"{self.host}{name}".encode()
 
     @classmethod
     def unpack(cls, data: bytes) -> "Endpoint":
@@ -48,9 +56,11 @@ class Endpoint:
             magic, nonce, num_bytes, port = _ENDPOINT.unpack_from(data)
             if magic != _MAGIC:
                 raise TransportError("tcp: the peer's endpoint is of another transport or version")
-            # An address, never a name: looking one up could block the agent's thread.
-            host = str(ip_address(data[_ENDPOINT.size :].decode("ascii")))
-            return cls(host, port, nonce, num_bytes)
+            # An address, never a name alone: looking one up could block the agent's thread.
+            address, _, name = data[_ENDPOINT.size :].decode("ascii").partition("/")
+            if name and not _NAME.fullmatch(name):
+                raise ValueError(f"{name[:80]!r} is no host's name")
+            return cls(str(ip_address(address)), port, nonce, num_bytes, name)
         except (error, ValueError) as bad:
             raise TransportError(f"tcp: the peer's endpoint is malformed: {bad}") from bad
 

@@ -61,6 +61,20 @@ def test_what_is_read_is_what_is_served(authority: Authority, server: TcpTranspo
         assert int(landing.count_nonzero()) < SIZE // 2
 
 
+def test_a_server_that_is_known_by_name_is_found_by_address_and_trusted_by_name(authority: Authority) -> None:
+    """As containers are, whose addresses nobody knows beforehand."""
+    named = authority.issue("named", "worker", hosts=["localhost"])
+    reader, landing = reading(authority.files("worker"))
+    with closing(TcpTransport("localhost", named)) as server, closing(reader):
+        server.register(DATA, None)
+        assert read(reader, server, [Span(0, 0, SIZE)]) is None
+        assert torch.equal(landing, DATA)
+    with closing(serving(named)) as server:
+        reader, _ = reading(authority.files("worker"))
+        with closing(reader):
+            assert "certificate is not valid for '127.0.0.1'" in str(read(reader, server, [Span(0, 0, SIZE)]))
+
+
 @pytest.mark.parametrize("who", ["stranger", "expired", "client", "plain"])
 def test_who_is_no_worker_of_this_fleet_reads_nothing(
     who: str, authority: Authority, stranger: Authority, server: TcpTransport
