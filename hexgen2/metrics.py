@@ -96,6 +96,14 @@ PLAN_CHANGES = Counter("hexgen2:plan_changes", "What became of the plan: re-plan
 TLS_CERTIFICATE_NOT_AFTER = Gauge(
     "hexgen2:tls_certificate_not_after_seconds", "When this process's certificate expires; seconds since 1970."
 )
+TLS_HANDSHAKES_BEGUN = Counter(
+    "hexgen2:tls_handshakes_begun",
+    "TLS handshakes begun with this process; gRPC does not tell how they ended.",
+    ["plane"],
+)
+TLS_HANDSHAKES_FAILED = Counter(
+    "hexgen2:tls_handshakes_failed", "TLS handshakes with this process that came to nothing.", ["plane"]
+)
 CALLS_REFUSED = Counter("hexgen2:calls_refused", "Calls refused for what their certificate says.", ["method"])
 HTTP_CONNECTIONS_CLOSED = Counter(
     "hexgen2:http_connections_closed",

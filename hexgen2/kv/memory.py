@@ -131,6 +131,10 @@ class MemoryTransport:
         """While reads are open."""
         return bool(self._reads)
 
+    def failed_handshakes(self) -> int:
+        """There are none."""
+        return 0
+
     def selectable(self) -> Sequence[int]:
         """None."""
         return ()

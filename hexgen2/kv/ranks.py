@@ -43,7 +43,10 @@ ANSWER_TIMEOUT_S = 30.0
 Event = Ready | Fetched | Failed | Loaded
 Listener = Callable[[int, Event], None]
 
-_COUNTERS = {"recomputed_tokens": metrics.RECOMPUTED_TOKENS}
+_COUNTERS = {
+    "recomputed_tokens": metrics.RECOMPUTED_TOKENS,
+    "kv_handshakes_failed": metrics.TLS_HANDSHAKES_FAILED.labels("kv"),
+}
 
 
 @dataclass(slots=True)

@@ -109,6 +109,14 @@ class TcpTransport:
         """Only to fetch the outcome of reads that are over already; the rest shows in ``selectable``."""
         return bool(self._over)
 
+    def failed_handshakes(self) -> int:
+        """Of readers without a certificate of the fleet, or with too much patience."""
+        server = self._server
+        if server is None:
+            return 0
+        count, server.failed_handshakes = server.failed_handshakes, 0
+        return count
+
     def selectable(self) -> Sequence[int]:
         """The selector's own descriptor."""
         return (self._selector.fileno(),)

@@ -28,6 +28,7 @@ class ReadServer:
         """Listen on a free port of ``host``. Raises ConfigError when that cannot be."""
         self.nonce, self.buffer, self.selector, self._streams = nonce, buffer, selector, streams
         self.peers: dict[_Peer, None] = {}  # a set in order of arrival
+        self.failed_handshakes = 0
         try:
             family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
             self._socket = socket.socket(family)
@@ -89,6 +90,7 @@ class _Peer:
     def close(self) -> None:
         self._server.peers.pop(self, None)
         if self._socket.fileno() >= 0:
+            self._server.failed_handshakes += bool(self._stream.waits_for)
             self._server.selector.unregister(self._socket)
             self._socket.close()
         self._out.clear()

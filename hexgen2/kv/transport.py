@@ -103,6 +103,9 @@ class Transport(Protocol):
     def needs_poll(self) -> bool:
         """Whether the owner must poll (every 0.2 ms) or may sleep until it has work or a ``selectable`` wakes it."""
 
+    def failed_handshakes(self) -> int:
+        """Connections to us whose TLS handshake came to nothing, since the last call."""
+
     def selectable(self) -> Sequence[int]:
         """File descriptors, the same from ``register`` to ``close``, readable when ``poll`` has something to do.
 

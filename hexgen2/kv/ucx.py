@@ -198,6 +198,10 @@ class UcxTransport:
         """While our reads are open, or peers may be reading."""
         return self._serving or bool(self._reads) or bool(self._over)
 
+    def failed_handshakes(self) -> int:
+        """UCX shakes no hands."""
+        return 0
+
     def selectable(self) -> Sequence[int]:
         """None: UCX cannot wake a sleeper here."""
         return ()

@@ -45,6 +45,7 @@ class GrpcServer:
     """Life: ``add`` each service, ``start``, ``set_serving(True)`` once ready, ``stop``.
 
     ``interceptors`` run inside the one that traces and translates errors; ``untraced`` methods get no span.
+    Of more than ``max_connections`` the last ones are closed at once, before they shake hands.
     With ``tls`` only TLS is spoken; with ``client_certs`` too only to peers with a certificate, whose roles decide what
     they may call (``hexgen2.security.callers``).
     """
@@ -57,10 +58,12 @@ class GrpcServer:
         untraced: frozenset[str] = frozenset(),
         tls: TlsFiles | None = None,
         client_certs: bool = True,
+        max_connections: int = 1024,
     ) -> None:
         self._listen = listen
         self._tls = tls
         self._client_certs = client_certs
+        self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
         self._extra = tuple(interceptors)
         self._untraced = untraced
         self._services: dict[str, Callable[[grpc.aio.Server], None]] = {}
@@ -82,7 +85,7 @@ class GrpcServer:
             check_free(self._listen)
         certified = self._tls is not None and self._client_certs
         self._calls = ServerInterceptor(self._untraced, certified=certified)
-        server = grpc.aio.server(interceptors=(self._calls, *self._extra), options=_OPTIONS)
+        server = grpc.aio.server(interceptors=(self._calls, *self._extra), options=self._options)
         for add in self._services.values():
             add(server)
         self._health = health.aio.HealthServicer()

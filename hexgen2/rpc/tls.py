@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from hexgen2 import metrics
 from hexgen2.security.callers import Caller, callers_of
 from hexgen2.security.tls import Material, TlsFiles
 
@@ -24,6 +25,7 @@ def server_credentials(files: TlsFiles, *, client_certs: bool) -> grpc.ServerCre
     def fetch() -> Any:
         # Called by gRPC's own threads, at each handshake; None: nothing new.
         nonlocal used
+        metrics.TLS_HANDSHAKES_BEGUN.labels("grpc").inc()
         material = files.current()
         if material is used:
             return None

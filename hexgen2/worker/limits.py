@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from hexgen2.errors import InvalidRequest
-from hexgen2.rpc.convert import codec_from_proto
 from hexgen2.v1 import types_pb2
 
 MIN_TOKEN_BYTES = 16
@@ -26,12 +25,11 @@ def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) 
 
 
 def check_transfer(transfer: types_pb2.Transfer) -> None:
-    """An id that fits a log line, a token that cannot be guessed and a codec that is known."""
+    """An id that fits a log line and a token that cannot be guessed."""
     if not 0 < len(transfer.transfer_id) <= MAX_ID_CHARS:
         raise InvalidRequest("transfer.transfer_id", f"must have 1 to {MAX_ID_CHARS} characters")
     if len(transfer.token) < MIN_TOKEN_BYTES:
         raise InvalidRequest("transfer.token", f"{len(transfer.token)} bytes; at least {MIN_TOKEN_BYTES} are needed")
-    codec_from_proto(transfer.codec, "transfer.codec")
 
 
 def call_timeout_s(time_remaining_s: float | None) -> float:

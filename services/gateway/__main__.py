@@ -41,7 +41,12 @@ async def serve(config: GatewayConfig) -> None:
         gateway = Gateway(config, text, watcher, tls, watcher.in_flight_elsewhere)
         stack.push_async_callback(gateway.close)
         public_tls = tls if config.serve_tls else None
-        grpc_server = GrpcServer(config.listen, tls=public_tls, client_certs=config.asks_certificates)
+        grpc_server = GrpcServer(
+            config.listen,
+            tls=public_tls,
+            client_certs=config.asks_certificates,
+            max_connections=config.max_grpc_connections,
+        )
         grpc_server.add(gateway_pb2_grpc.add_GatewayServicer_to_server, GatewayServicer(gateway), SERVICE)
         http_server = HttpServer(
             make_app(gateway),

@@ -92,6 +92,7 @@ def test_who_is_no_worker_of_this_fleet_reads_nothing(
         assert read(bad, server, [Span(0, 0, SIZE)]) is not None
         assert not landing.any()
         assert read(good, server, [Span(0, 0, SIZE)]) is None
+    assert (server.failed_handshakes(), server.failed_handshakes()) == (1, 0), "counted once"
 
 
 @pytest.mark.parametrize("who", ["stranger", "expired", "client", "elsewhere", "plain"])

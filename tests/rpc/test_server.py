@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import grpc
@@ -76,6 +77,29 @@ async def test_a_call_that_is_silent_for_long_goes_on(service: Any, monkeypatch:
     try:
         async with channel(address) as peer:
             await coordinator_pb2_grpc.CoordinatorStub(peer).GetPlan(REQUEST)
+    finally:
+        await server.stop(0)
+
+
+async def test_of_too_many_connections_the_last_are_closed(service: Any) -> None:
+    async def unary(context: Any) -> coordinator_pb2.GetPlanResponse:
+        return coordinator_pb2.GetPlanResponse()
+
+    service.unary = unary
+    server = GrpcServer("127.0.0.1:0", max_connections=2)
+    server.add(coordinator_pb2_grpc.add_CoordinatorServicer_to_server, service, "hexgen2.v1.Coordinator")
+    host, port = (await server.start()).split(":")
+    try:
+        ours = [await asyncio.open_connection(host, port) for _ in range(2)]
+        for reader, _ in ours:
+            assert await asyncio.wait_for(reader.read(1), 30), "a server says its settings first"
+        refused, writer = await asyncio.open_connection(host, port)
+        with suppress(ConnectionError):
+            assert not await asyncio.wait_for(refused.read(1), 30)
+        for each in (writer, *(writer for _, writer in ours)):
+            each.close()
+        async with channel(f"{host}:{port}") as peer:
+            await coordinator_pb2_grpc.CoordinatorStub(peer).GetPlan(REQUEST, wait_for_ready=True, timeout=30)
     finally:
         await server.stop(0)
 
