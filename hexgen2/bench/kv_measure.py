@@ -13,14 +13,20 @@ from statistics import median
 import msgspec
 import torch
 
-from hexgen2.bench.kv_rig import Rig, rig
+from hexgen2.bench import bound
+from hexgen2.bench.kv_rig import Rig, Taken, rig
 from hexgen2.bench.kv_talk import SHAPE, Setup
+from hexgen2.kv.codecs import NONE
 
 LIFE_S = 900
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One figure. ``ratio`` is to ``raw_gb_per_s``; of stage ``exposed`` it is exposed time to prefill's time."""
+    """One figure. ``ratio`` is to ``raw_gb_per_s``; of stage ``exposed`` it is exposed time to prefill's time.
+
+    ``cpu_s_per_gb``: processor time of both ends. ``of_bound``: the share of what copies alone would allow on this
+    machine (``bench.bound``), over memory and loopback and without a codec; else 0.
+    """
 
     transport: str
     codec: str
@@ -31,6 +37,8 @@ class Row(msgspec.Struct, frozen=True):
     ratio: float
     link: str
     routes: int
+    cpu_s_per_gb: float = 0.0
+    of_bound: float = 0.0
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -52,29 +60,47 @@ async def measure(job: Job) -> None:
         for size in dict.fromkeys(tokens for _, _, tokens in job.what):
             wanted = [(stage, codec) for stage, codec, tokens in job.what if tokens == size]
             num_bytes = size * SHAPE.bytes_per_token
-            raw_s: list[float] = []
-            ours_s: dict[tuple[str, str], list[float]] = {each: [] for each in wanted}
+            raws: list[Taken] = []
+            ours: dict[tuple[str, str], list[Taken]] = {each: [] for each in wanted}
             for turn in range(job.repeat + 1):  # the first one warms up
                 taken = await pair.raw(num_bytes)
                 if turn:
-                    raw_s.append(taken)
+                    raws.append(taken)
                 for stage, codec in wanted:
                     taken = await one(pair, size, stage, codec, job.prefill_s)
                     if turn:
-                        ours_s[stage, codec].append(taken)
-            raw = num_bytes / median(raw_s) / 1e9
-            for (stage, codec), seconds in ours_s.items():
-                speed = num_bytes / median(seconds) / 1e9
-                ratio = median(seconds) / job.prefill_s if stage == "exposed" else speed / raw
+                        ours[stage, codec].append(taken)
+            one_copy_s = await asyncio.to_thread(bound.copy_s, num_bytes, job.repeat)
+            raw_s, raw_cpu_s = _medians(raws)
+            for (stage, codec), all_taken in ours.items():
+                seconds, cpu_s = _medians(all_taken)
+                of_bound = 0.0
+                if stage in bound.COPIES and codec == NONE and not job.command:
+                    of_bound = bound.least_s(stage, raw_s, raw_cpu_s, one_copy_s) / seconds
+                ratio = seconds / job.prefill_s if stage == "exposed" else raw_s / seconds
                 row = Row(
-                    *(pair.detail, codec, stage, num_bytes, round(speed, 4), round(raw, 4), round(ratio, 3)),
-                    *(job.link, routes),
+                    transport=pair.detail,
+                    codec=codec,
+                    stage=stage,
+                    bytes=num_bytes,
+                    gb_per_s=round(num_bytes / seconds / 1e9, 4),
+                    raw_gb_per_s=round(num_bytes / raw_s / 1e9, 4),
+                    ratio=round(ratio, 3),
+                    link=job.link,
+                    routes=routes,
+                    cpu_s_per_gb=round(cpu_s / num_bytes * 1e9, 3),
+                    of_bound=round(of_bound, 3),
                 )
                 print(msgspec.json.encode(row).decode(), flush=True)
 
 
-async def one(pair: Rig, num_tokens: int, stage: str, codec: str, prefill_s: float) -> float:
-    """Seconds of one hand-over."""
+def _medians(all_taken: list[Taken]) -> Taken:
+    """Of both by themselves."""
+    return Taken(median(each.seconds for each in all_taken), median(each.cpu_s for each in all_taken))
+
+
+async def one(pair: Rig, num_tokens: int, stage: str, codec: str, prefill_s: float) -> Taken:
+    """What one hand-over takes."""
     if stage == "exposed":
         return await pair.exposed(num_tokens, codec, prefill_s)
     return await pair.hand_over(num_tokens, stage, codec)

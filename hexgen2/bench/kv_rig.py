@@ -1,6 +1,7 @@
 """The receiving process of ``hexgen2 bench kv``: a real KV agent that reads from the sending process's."""
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -8,14 +9,16 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from time import monotonic
+from typing import NamedTuple
 
 import msgspec
 import torch
 
-from hexgen2.bench import kv_stages
+from hexgen2.bench import bound, kv_stages
 from hexgen2.bench.kv_agent import agent_up
 from hexgen2.bench.kv_talk import SHAPE, SLICE, TOKEN, Drop, FromSender, HasPut, Hold, Put, Raw, Setup, Up, line
 from hexgen2.errors import Unavailable
+from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.messages import Failed, Fetched, Piece, Ready, Source
 from hexgen2.kv.ranks import Event, Ranks
 from hexgen2.kv.ucx import UcxTransport
@@ -24,6 +27,13 @@ from hexgen2.kv.wire import PageLayout, num_chunks
 DEADLINE_S = 120.0
 _LANDING_BYTES = 64 << 20
 _LINE_BYTES = 16 << 20
+
+
+class Taken(NamedTuple):
+    """By the clock, and by the processors for both processes."""
+
+    seconds: float
+    cpu_s: float
 
 
 @dataclass(slots=True)
@@ -43,8 +53,8 @@ class Rig:
     _num_expected: int = 0
     _put_at_s: float = 0.0
 
-    async def hand_over(self, num_tokens: int, stage: str, codec: str) -> float:
-        """Seconds from the word to begin until every piece is here.
+    async def hand_over(self, num_tokens: int, stage: str, codec: str) -> Taken:
+        """From the word to begin until every piece is here.
 
         ``protocol``: pieces are in the send buffer before and stay where they land. ``gather``: gathered at one end,
         copied to staging at the other. ``digest``: and digested at both, which is what always happens.
@@ -58,39 +68,41 @@ class Rig:
             async for more in self._pieces():
                 pieces += more
         await self._open(transfer_id, num_tokens, codec, done)
-        began = monotonic()
+        used_s, began = self._used_s(), monotonic()
         if stage == "protocol":
             self.hub.fetch(transfer_id, pieces)
         else:
             self._write(line(Put(transfer_id)))
             async for more in self._pieces():
                 self.hub.fetch(transfer_id, more)
-        seconds = await asyncio.wait_for(done, DEADLINE_S) - began
+        taken = Taken(await asyncio.wait_for(done, DEADLINE_S) - began, self._used_s() - used_s)
         await self._end(transfer_id)
-        return seconds
+        return taken
 
-    async def exposed(self, num_tokens: int, codec: str, prefill_s: float) -> float:
-        """Seconds from the end of a prefill of ``prefill_s`` until its KV, sent as it became ready, is verified."""
+    async def exposed(self, num_tokens: int, codec: str, prefill_s: float) -> Taken:
+        """From the end of a prefill of ``prefill_s`` until its KV, sent as it became ready, is verified."""
         transfer_id = await self._begin(num_tokens, codec, digest=True)
         kv_stages.unpack(True)
         done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         await self._open(transfer_id, num_tokens, codec, done)
+        used_s = self._used_s()
         self._write(line(Put(transfer_id, prefill_s)))
         async for more in self._pieces():
             self.hub.fetch(transfer_id, more)
-        seconds = await asyncio.wait_for(done, DEADLINE_S) - self._put_at_s
+        taken = Taken(await asyncio.wait_for(done, DEADLINE_S) - self._put_at_s, self._used_s() - used_s)
         await self._end(transfer_id)
-        return seconds
+        return taken
 
-    async def raw(self, num_bytes: int) -> float:
-        """Seconds that the bare transport takes for as many bytes: a blocking socket, or one NIXL READ."""
+    async def raw(self, num_bytes: int) -> Taken:
+        """What the bare transport takes for as many bytes: a blocking socket, or one NIXL READ."""
         self._write(line(Raw(True)))
         await self._next()
         read = self._raw_nixl if self.setup.transport == "ucx" else self._raw_socket
-        seconds = await asyncio.to_thread(read, num_bytes)
+        used_s = self._used_s()
+        taken = Taken(await asyncio.to_thread(read, num_bytes), self._used_s() - used_s)
         self._write(line(Raw(False)))
         await self._next()
-        return seconds
+        return taken
 
     def close(self) -> None:
         """Let the bare transport go."""
@@ -133,6 +145,9 @@ class Rig:
         if state != "DONE":
             raise Unavailable(f"NIXL says {state}")
         return seconds
+
+    def _used_s(self) -> float:
+        return bound.used_s(os.getpid(), self.process.pid)
 
     async def _begin(self, num_tokens: int, codec: str, *, digest: bool) -> str:
         kv_stages.use_digests(digest)
@@ -200,7 +215,7 @@ async def rig(ours: Setup, theirs: Setup, command: Sequence[str] = ()) -> AsyncI
             raise Unavailable("the sending process did not start")
         up = msgspec.json.decode(first, type=Up)
         async with agent_up(ours, DEADLINE_S, staging_bytes=num_bytes, landing_bytes=_LANDING_BYTES) as (hub, _):
-            made = Rig(ours, hub, up, process, theirs.hosts.split(",")[0], torch.zeros(num_bytes, dtype=torch.uint8))
+            made = Rig(ours, hub, up, process, theirs.hosts.split(",")[0], buffer(num_bytes, torch.device("cpu")))
             try:
                 yield made
             finally:

@@ -20,6 +20,7 @@ from hexgen2.bench.kv_agent import agent_up
 from hexgen2.bench.kv_talk import SHAPE, SLICE, TOKEN, Drop, HasPut, Held, Hold, Put, Raw, Setup, ToSender, Up, line
 from hexgen2.kv.agent import KvAgent
 from hexgen2.kv.choose import make_transports
+from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.messages import Ready
 from hexgen2.kv.ranks import Event, Ranks
 from hexgen2.kv.transport import Transport
@@ -107,7 +108,7 @@ async def main(setup: Setup) -> None:
     """Serve until standard input ends."""
     layout = PageLayout(SHAPE, SLICE)
     num_bytes = num_chunks(setup.max_tokens) * layout.page_bytes
-    raw = torch.ones(num_bytes, dtype=torch.uint8)
+    raw = buffer(num_bytes, torch.device("cpu")).fill_(1)
     active, raw_endpoint = Flag(), b""
     if setup.transport == "ucx":
         transport = make_transports("ucx", setup.hosts, setup.devices)[0]

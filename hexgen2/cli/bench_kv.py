@@ -62,7 +62,20 @@ def bench_kv(
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table("transport", "link", "codec", "stage", "MiB", "GB/s", "bare", "ratio", "target", box=None)
+    table = Table(
+        "transport",
+        "link",
+        "codec",
+        "stage",
+        "MiB",
+        "GB/s",
+        "bare",
+        "ratio",
+        "target",
+        "CPU s/GB",
+        "of bound",
+        box=None,
+    )
     for row in rows:
         target = kv.target(row)
         sign = "≤" if row.stage == "exposed" else "≥"
@@ -71,6 +84,7 @@ def _table(rows: list[Row]) -> Table:
         table.add_row(
             *(row.transport, row.link, row.codec, row.stage, str(row.bytes >> 20)),
             *(f"{row.gb_per_s:.3f}", f"{row.raw_gb_per_s:.3f}", f"{row.ratio:.3f}", shown),
+            *(f"{row.cpu_s_per_gb:.2f}", f"{row.of_bound:.2f}" if row.of_bound else ""),
         )
     return table
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from time import monotonic, sleep
 
 import torch
@@ -48,19 +48,22 @@ from hexgen2.kv.wire import KvShape, PageLayout, RankSlice
 
 log = getLogger(__name__)
 
-#: ``put`` announces what it has once this much waits; a step's rest follows with ``flush``.
+#: ``put`` announces what it has once this much waits, but not more often than that: a word of it goes through five
+#: threads until it is read. A step's rest follows with ``flush``.
 ANNOUNCE_BYTES = 1 << 20
+ANNOUNCE_S = 0.001
 #: How long the thread sleeps between polls while a read of its own is open: latency against CPU.
 POLL_S = 0.0002
 #: And while peers may be reading from here, which moves their bytes by itself or needs us rarely. Five times the
 #: polls cost five times as much of the core that the engine computes on.
 SERVE_POLL_S = 0.001
 START_TIMEOUT_S = 60.0
+_RECEIVE_BYTES = 64 << 10
 #: How long peers are helped with reads that are still open when a transfer is closed.
 LINGER_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Put:
     """A piece on its way to be announced; on CUDA only once ``event`` has passed."""
 
@@ -112,16 +115,17 @@ class KvAgent:
             staging_bytes=staging_bytes,
             landing_bytes=landing_bytes if staging_bytes else 0,
             stall_s=stall_s,
+            wake=self._wake,
         )
         self._socket_path = socket_path
         self._puts: deque[_Put] = deque()
         self._put_bytes = 0
+        self._announced_at = 0.0
         self._outbox: deque[ToService] = deque()
         self._closing: set[str] = set()
         self._quarantine = 0
         self._serve_until = 0.0
         self._stopping = False
-        self._wake_lock = Lock()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
@@ -154,13 +158,14 @@ class KvAgent:
             event.record()
         self._puts.append(_Put(transfer_id, layer, chunk, digests, event))
         self._put_bytes += piece.numel() * piece.element_size()
-        if self._put_bytes >= ANNOUNCE_BYTES:
+        if self._put_bytes >= ANNOUNCE_BYTES and monotonic() - self._announced_at >= ANNOUNCE_S:
             self.flush()
 
     def flush(self) -> None:
         """Announce everything put so far."""
         if self._put_bytes:
             self._put_bytes = 0
+            self._announced_at = monotonic()
             self._wake()
 
     def staged(self, transfer_id: str) -> StagedKv | None:
@@ -201,6 +206,7 @@ class KvAgent:
                 log.exception("KV agent stopped")
         finally:
             self._ready.set()
+            self._staging.stop()
             for transport in self._transports:
                 transport.close()
             self._wake_out.close()
@@ -250,7 +256,7 @@ class KvAgent:
                     if key.fileobj is self._wake_out:
                         self._wake_out.recv(4096)
                     elif key.fileobj is service:
-                        data = service.recv(1 << 20)
+                        data = service.recv(_RECEIVE_BYTES)
                         if not data:
                             return
                         for message in reader.feed(data):
@@ -259,6 +265,7 @@ class KvAgent:
                 self._announce()
                 self._retry_closing()
                 self._report_quarantine()
+                self._report_handshakes()
 
     def _drain(self, service: socket.socket) -> None:
         while self._outbox:
@@ -302,6 +309,11 @@ class KvAgent:
         if num_bytes != self._quarantine:
             self._quarantine = num_bytes
             self._outbox.append(Quarantine(num_bytes))
+
+    def _report_handshakes(self) -> None:
+        failed = sum(transport.failed_handshakes() for transport in self._transports)
+        if failed:
+            self._outbox.append(Counts((("kv_handshakes_failed", failed),)))
 
 
 def count(socket_path: Path, values: tuple[tuple[str, int], ...]) -> None:

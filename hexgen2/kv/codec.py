@@ -4,25 +4,26 @@ One digest per (layer, chunk, KV head). With ``w_i`` the head's bytes as signed 
 
     digest = sum_i w_i * r_i  +  c * place(layer, chunk, head, number of words)        mod 2**64
 
-``r_i`` and the odd ``c`` are drawn from the transfer's secret token (SHAKE-128). By construction every ``r_i`` is
-1 modulo 4 and no two agree modulo 2**33. What follows holds for every key, not just for most:
+``r_i`` and the odd ``c`` are drawn from the transfer's secret token (SHAKE-128). Every ``r_i`` is odd and below 2**31,
+and no two are equal. What follows holds for every key, not just for most:
 
-* One flipped bit ``b`` changes the sum by ``±2**b * r_i`` with b <= 31 and ``r_i`` odd: never 0 modulo 2**64.
-  The same holds for any one changed word.
-* Two flipped bits ``a <= b`` change it by ``2**a * (±r_i ± 2**(b-a) * r_j)``. If a < b the bracket is odd. If a = b
-  it is ``r_i + r_j``, which is 2 modulo 4, or ``r_i - r_j``, which 2**33 does not divide: at most 2**(31+32) divides
-  the product, so it is not 0. (Both bits in one word are the case above.)
-* Two unequal words swapped change it by ``(w_i - w_j) * (r_j - r_i)``. The first factor is below 2**32 in size, so at
-  most 2**31 divides it; at most 2**32 divides the second: not 0.
+* One changed word changes the sum by ``d * r_i`` with 0 < |d| < 2**32: not 0, and too small to be 0 modulo 2**64.
+* Two flipped bits ``a <= b`` of two words change it by ``±2**a * r_i ± 2**b * r_j``, below 2**63 in size: if a < b,
+  ``2**a`` times an odd number; if a = b, ``2**a * (r_i ± r_j)``. Not 0.
+* Two unequal words swapped change it by ``(w_i - w_j) * (r_j - r_i)``: not 0, and below 2**63 in size.
 * Equal bytes at another layer, chunk or head, or of another length: ``place`` packs its arguments into disjoint
   bits, and multiplying by an odd number is one-to-one modulo 2**64: never the same digest.
 
-Any other change, such as tokens or heads swapped for others, must meet a relation between secret numbers. When
-2**v is the largest power of two that divides every changed word's difference, that has a chance of about 2**(v-64):
-2**-33 at the very worst, where all that differs is top bits; 2**-64 for arbitrary bytes. It is no MAC: digests
-travel on the authenticated control channel, and only the bytes they describe do not.
+Any other change, such as tokens or heads swapped for others, must meet a relation between secret numbers. Whatever
+the others are, at most one of some 2**30 values of an ``r_i`` meets it, so its chance is 2**-30 at the very worst,
+where somebody chose two words for it; over words that differ at random it is 2**-64. It is no MAC: digests travel on
+the authenticated control channel, and only the bytes they describe do not.
+
+Products of 32-bit numbers are what processors are good at: with these multipliers the digest costs next to nothing
+beside the copy it is taken of (``kv.kernels``).
 """
 
+from collections.abc import Sequence
 from hashlib import shake_128
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from hexgen2.kv import kernels
+from hexgen2.kv.kernels import Move
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,7 +45,7 @@ _GROUP_BYTES = 256 << 10
 
 
 class DigestKey:
-    """What the digests of one transfer depend on: make it once per transfer and rank (0.3 ms for 16,384 words).
+    """What the digests of one transfer depend on: make it once per transfer and rank (0.4 ms for 16,384 words).
 
     Args:
         token: the transfer's secret.
@@ -60,7 +62,9 @@ class DigestKey:
         self._multipliers, self._place_factor = _expand(token, max_words)
         self._place_step = _signed(self._place_factor << _HEAD_SHIFT)
         device = torch.device(device)
-        self._on_device = torch.from_numpy(self._multipliers).to(device) if device.type != "cpu" else None
+        self._on_device = None
+        if device.type != "cpu":
+            self._on_device = torch.from_numpy(self._multipliers.astype(np.int64)).to(device)
 
     def _first_place(self, layer: int, chunk: int, heads: range, num_words: int) -> int:
         """What ``place`` adds to the first head's digest; to each further one ``_place_step`` more."""
@@ -77,13 +81,16 @@ class DigestKey:
         heads, parts, length = words.shape
         places = [_signed(first_place + head * self._place_step) for head in range(heads)]
         if self._on_device is None:
-            # einsum casts in small buffers and multiplies in int64, wrapping: no temporaries, 5 GB/s on one thread.
+            # einsum casts in small buffers and multiplies in int64, wrapping: no temporaries.
             table = self._multipliers[: parts * length].reshape(parts, length)
-            return torch.from_numpy(np.einsum("hpi,pi->h", words.numpy(), table) + np.array(places, dtype=np.int64))
+            sums = np.einsum("hpi,pi->h", words.numpy(), table, dtype=np.int64)
+            return torch.from_numpy(sums + np.array(places, dtype=np.int64))
         # Integer sums wrap, so their order does not matter: the same value as on a CPU.
-        sums = (words * self._on_device[: parts * length].view(parts, length)).sum((1, 2))
+        on_device = (words * self._on_device[: parts * length].view(parts, length)).sum((1, 2))
         # Filled by kernels from numbers: a copy from the host would wait for the device.
-        return sums + torch.stack([torch.full((), place, dtype=torch.int64, device=words.device) for place in places])
+        return on_device + torch.stack(
+            [torch.full((), place, dtype=torch.int64, device=words.device) for place in places]
+        )
 
 
 def digest(piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int) -> torch.Tensor:
@@ -138,6 +145,40 @@ def copy_and_digest(
     return torch.cat(digests)
 
 
+def as_move(
+    to: int, of: int, num_heads: int, head_bytes: int, key: DigestKey, *, layer: int, chunk: int, first_head: int
+) -> Move:
+    """One of what ``move_and_digest`` takes: a contiguous piece on its way from one address to another."""
+    if head_bytes > 4 * key.max_words:
+        raise ValueError(f"piece: {head_bytes} bytes per head, the key was made for {4 * key.max_words}")
+    heads = range(first_head, first_head + num_heads)
+    return to, of, num_heads, head_bytes, key._first_place(layer, chunk, heads, head_bytes // 4)
+
+
+def gather_and_digest(
+    to: int, piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int
+) -> torch.Tensor | None:
+    """``copy_and_digest`` of a piece in host memory, ``[kv_head, 2, token, head_dim]``, to an address, contiguous.
+
+    None, and nothing done, where rows are not whole pairs of words or numba is not installed.
+    """
+    heads = piece.shape[0]
+    num_words = piece.numel() * piece.element_size() // heads // 4
+    if num_words > key.max_words:
+        raise ValueError(f"piece: {num_words} words per head, the key was made for {key.max_words}")
+    first_place = key._first_place(layer, chunk, range(first_head, first_head + heads), num_words)
+    sums = kernels.gather(to, piece, key._multipliers, first_place, key._place_step)
+    return None if sums is None else torch.from_numpy(sums)
+
+
+def move_and_digest(moves: Sequence[Move], key: DigestKey) -> list[int] | None:
+    """Copy pieces and return the digests of the copies, head by head, as they travel.
+
+    None, and nothing done, where heads are not whole pairs of words or numba is not installed.
+    """
+    return kernels.move_pieces(moves, key._multipliers, key._place_step)
+
+
 def to_wire(digests: torch.Tensor) -> tuple[int, ...]:
     """As the ``fixed64`` values that travel."""
     return tuple(digests.view(torch.uint64).tolist())
@@ -165,21 +206,20 @@ def _are_words(piece: torch.Tensor) -> bool:
     return all(step * piece.element_size() % 4 == 0 for step in steps)
 
 
-def _expand(token: bytes, num_words: int) -> "tuple[NDArray[np.int64], int]":
-    """The multipliers and the odd factor of ``place``."""
-    stream = shake_128(b"hexgen2 kv digest\0" + token).digest(24 + 8 * num_words)
-    factor, a, b = (int.from_bytes(stream[i : i + 8], "little") | 1 for i in (0, 8, 16))
-    random = np.frombuffer(stream, "<u8", num_words, offset=24).astype(np.uint64)
-    # 31 bits: the word's index, so that all differ, below random ones; then two keyed one-to-one mixing steps, so
-    # that neighbours are not alike.
-    index_bits = (num_words - 1).bit_length()
-    low31 = np.uint64((1 << 31) - 1)
-    mixed = (random << np.uint64(index_bits) | np.arange(num_words, dtype=np.uint64)) & low31
-    for odd in (a, b):
-        mixed = mixed * np.uint64(odd) & low31
-        mixed ^= mixed >> np.uint64(16)
-    multipliers = random & ~np.uint64((1 << 33) - 1) | mixed << np.uint64(2) | np.uint64(1)
-    return multipliers.view(np.int64), factor
+def _expand(token: bytes, num_words: int) -> "tuple[NDArray[np.int32], int]":
+    """The multipliers, and the odd factor of ``place``: the first ``num_words`` that differ of what the token gives."""
+    spare = 0
+    while True:
+        stream = shake_128(b"hexgen2 kv digest\0" + token).digest(8 + 4 * (num_words + spare))
+        factor = int.from_bytes(stream[:8], "little") | 1
+        drawn = np.frombuffer(stream, "<u4", offset=8) >> np.uint32(1) | np.uint32(1)
+        ordered = np.sort(drawn)
+        if not (ordered[1:] == ordered[:-1]).any():
+            return drawn[:num_words].astype(np.int32), factor
+        first = np.sort(np.unique(drawn, return_index=True)[1])
+        if len(first) >= num_words:
+            return drawn[first[:num_words]].astype(np.int32), factor
+        spare = 2 * spare + 16
 
 
 def _signed(value: int) -> int:

@@ -4,7 +4,7 @@ it ``codec`` does the same with NumPy, in two passes and at a third of the speed
 Nothing here imports numba before ``copy_and_sum`` or ``prepare`` is called: services without KV never pay for that.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from logging import getLogger
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from numpy.typing import NDArray
 
 log = getLogger(__name__)
@@ -24,7 +26,7 @@ def prepare() -> None:
 
 
 def copy_and_sum(
-    dst: torch.Tensor, src: torch.Tensor, multipliers: "NDArray[np.int64]", base: int, step: int
+    dst: torch.Tensor, src: torch.Tensor, multipliers: "NDArray[np.int32]", base: int, step: int
 ) -> "NDArray[np.int64] | None":
     """Copy ``src`` to ``dst`` and sum up each head's words times multipliers, as they are copied. Releases the GIL.
 
@@ -36,41 +38,85 @@ def copy_and_sum(
         step: added to each further head's once more than to the one's before.
 
     Returns:
-        The sums modulo 2**64, ``int64 [kv_head]``; None where rows are not whole words or numba is not installed:
-        nothing was done then.
+        The sums modulo 2**64, ``int64 [kv_head]``; None where rows are not whole pairs of words or numba is
+        not installed: nothing was done then.
     """
-    compiled = _compiled()
-    if compiled is None or src.dtype != dst.dtype:
+    if src.dtype != dst.dtype:
         return None
-    heads = dst.shape[0]
-    item = dst.element_size()
     if dst.is_contiguous() and src.is_contiguous():
-        width = dst.numel() // heads * item
-        shape, strides = (heads, 1, 1, width), (width, 0, 0, width, 0, 0)
-    elif dst.dim() == 4:
-        _, parts, rows, values = dst.shape
-        *ours, our_step = dst.stride()
-        *theirs, their_step = src.stride()
-        if values > 1 and (our_step, their_step) != (1, 1):
-            return None
-        shape = (heads, parts, rows, values * item)
-        strides = (ours[0] * item, ours[1] * item, ours[2] * item, theirs[0] * item, theirs[1] * item, theirs[2] * item)
-    else:
+        heads, width = dst.shape[0], dst.numel() // dst.shape[0] * dst.element_size()
+        strides = (width, 0, 0, width, 0, 0)
+        return _sum(dst.data_ptr(), src.data_ptr(), (heads, 1, 1, width), strides, multipliers, base, step)
+    if dst.dim() != 4 or (dst.shape[3] > 1 and (dst.stride(3), src.stride(3)) != (1, 1)):
         return None
-    to, of = dst.data_ptr(), src.data_ptr()
-    if (shape[3] | to | of | strides[0] | strides[1] | strides[2] | strides[3] | strides[4] | strides[5]) % 4:
+    item = dst.element_size()
+    a, b, c, _ = dst.stride()
+    d, e, f, _ = src.stride()
+    heads, parts, rows, values = dst.shape
+    strides = (a * item, b * item, c * item, d * item, e * item, f * item)
+    return _sum(dst.data_ptr(), src.data_ptr(), (heads, parts, rows, values * item), strides, multipliers, base, step)
+
+
+def gather(
+    to: int, src: torch.Tensor, multipliers: "NDArray[np.int32]", base: int, step: int
+) -> "NDArray[np.int64] | None":
+    """``copy_and_sum`` of ``src``, ``[kv_head, 2, token, head_dim]``, to address ``to``, contiguous."""
+    item = src.element_size()
+    heads, parts, rows, values = src.shape
+    d, e, f, last = src.stride()
+    if last != 1:
+        return None
+    width = values * item
+    strides = (parts * rows * width, rows * width, width, d * item, e * item, f * item)
+    return _sum(to, src.data_ptr(), (heads, parts, rows, width), strides, multipliers, base, step)
+
+
+def _sum(
+    to: int,
+    of: int,
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int, int, int, int],
+    multipliers: "NDArray[np.int32]",
+    base: int,
+    step: int,
+) -> "NDArray[np.int64] | None":
+    """``shape``: heads, parts, rows, and a row's width in bytes."""
+    compiled = _compiled()
+    heads, parts, rows, width = shape
+    a, b, c, d, e, f = strides
+    if compiled is None or (width | to | of | a | b | c | d | e | f) % 8:
         return None
     sums = np.empty(heads, dtype=np.int64)
-    compiled(sums, to, of, multipliers, (*shape[:3], shape[3] // 4), strides, base, step)
+    compiled.copy_and_sum(sums, to, of, multipliers, (heads, parts, rows, width // 8), strides, base, step)
     return sums
 
 
+#: A piece that is contiguous at both ends: its addresses there and here, heads, bytes of a head, and what is added to
+#: the first head's sum.
+Move = tuple[int, int, int, int, int]
+
+
+def move_pieces(moves: Sequence[Move], multipliers: "NDArray[np.int32]", step: int) -> list[int] | None:
+    """The same for many pieces of host memory, at the price of one call.
+
+    Returns:
+        The sums of all heads, modulo 2**64, unsigned; None as above.
+    """
+    compiled = _compiled()
+    pieces = np.array(moves, dtype=np.int64)
+    if compiled is None or np.bitwise_or.reduce(pieces[:, (0, 1, 3)], axis=None) % 8:
+        return None
+    sums = np.empty(pieces[:, 2].sum(), dtype=np.int64)
+    compiled.move_pieces(sums, pieces, multipliers, step)
+    digests: list[int] = sums.view(np.uint64).tolist()
+    return digests
+
+
 @cache
-def _compiled() -> Callable[..., None] | None:
+def _compiled() -> "ModuleType | None":
     try:
-        from hexgen2.kv.compiled import copy_and_sum as compiled
+        from hexgen2.kv import compiled
     except ImportError as error:
         log.info("KV is digested by NumPy, which is slower: %s", error)
         return None
-    made: Callable[..., None] = compiled
-    return made
+    return compiled

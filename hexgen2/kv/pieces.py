@@ -1,11 +1,12 @@
 """How the pieces of one transfer are written and read: codec, dtype and digest in one pass through the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from hexgen2.kv.codec import DigestKey, copy_and_digest
+from hexgen2.kv.codec import DigestKey, as_move, copy_and_digest, gather_and_digest, move_and_digest
 from hexgen2.kv.codecs import NONE, head_bytes
+from hexgen2.kv.kernels import Move
 from hexgen2.kv.quantise import Coder
 from hexgen2.kv.wire import CHUNK_TOKENS, KvShape
 
@@ -61,6 +62,13 @@ class PieceFormat:
             digests.append(copy_and_digest(encoded[heads], coder.encoded, self._key, **place))
         return torch.cat(digests)
 
+    def gather(self, to: int, piece: torch.Tensor, *, layer: int, chunk: int, first_head: int) -> torch.Tensor | None:
+        """``write`` to an address in host memory, where that takes a copy and nothing else; else None, and nothing
+        is done: the same with less ado."""
+        if not self.keeps(piece.dtype):
+            return None
+        return gather_and_digest(to, piece, self._key, layer=layer, chunk=chunk, first_head=first_head)
+
     def read(
         self, piece: torch.Tensor, encoded: torch.Tensor, *, layer: int, chunk: int, first_head: int
     ) -> torch.Tensor:
@@ -81,6 +89,23 @@ class PieceFormat:
             else:
                 coder.decode(part)
         return torch.cat(digests)
+
+    def as_move(
+        self, to: int, of: int, num_heads: int, num_tokens: int, *, layer: int, chunk: int, first_head: int
+    ) -> Move:
+        """A piece on its way from one address to another, both of host memory, for ``move``."""
+        size = self.head_bytes(num_tokens)
+        return as_move(to, of, num_heads, size, self._key, layer=layer, chunk=chunk, first_head=first_head)
+
+    def move(self, moves: Sequence[Move]) -> list[int] | None:
+        """``read`` of many pieces that lie in one piece each, where nothing is to be decoded: the digests of all
+        heads, as they travel. None, and nothing done, where that cannot be.
+        """
+        return move_and_digest(moves, self._key)
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether it takes a copy in host memory, and nothing else, between the wire and pieces of that dtype."""
+        return self._codec == NONE and self._device.type == "cpu" and dtype == TORCH_DTYPE[self._shape.dtype]
 
     def _groups(self, piece: torch.Tensor) -> list[slice]:
         """Runs of heads: on a GPU one launch is best."""

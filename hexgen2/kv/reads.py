@@ -6,7 +6,7 @@ is in quarantine. A route whose given-up reads are not over gets no new ones, so
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic, time_ns
@@ -14,13 +14,14 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.route import Route, is_tail, room_bytes
 from hexgen2.kv.transport import Span, Transport, TransportError
 
 #: Reads are posted in bundles of at most so many pieces and about so many bytes: few enough to overlap reading with
 #: verifying, enough to pay for a read (UCX: 0.1 ms and more for each).
-MAX_PIECES_PER_READ = 32
-MAX_READ_BYTES = 1 << 21
+MAX_PIECES_PER_READ = 64
+MAX_READ_BYTES = 1 << 22
 #: While reads are open or wait, ``pump`` must be called at least so often.
 CHECK_S = 0.25
 # Peers that have nothing to do are forgotten beyond this many, oldest first: restarted ones leave endpoints behind.
@@ -91,6 +92,15 @@ class _Read(Generic[J]):
     abandoned: bool = False
 
 
+@dataclass(slots=True)
+class Bundle(Generic[J]):
+    """What has landed of one read and is still wanted: nothing writes it any more until ``Reads.free``."""
+
+    read: _Read[J]
+    #: Each with the slot that it is in.
+    pieces: list[tuple[J, int]]
+
+
 class Reads(Generic[J]):
     """``landing`` is to be registered with every transport. One thread calls everything.
 
@@ -112,13 +122,13 @@ class Reads(Generic[J]):
         stall_s: float,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.landing = torch.empty(landing_bytes // slot_bytes * slot_bytes, dtype=torch.uint8, device=device)
+        self.landing = buffer(landing_bytes // slot_bytes * slot_bytes, device)
         self._transports = tuple(transports)
         self._slot_bytes = slot_bytes
         self._stall_s = stall_s
         self.moved = False
         self._num_slots = landing_bytes // slot_bytes
-        self._slots = list(range(self._num_slots))
+        self._slots = list(range(self._num_slots - 1, -1, -1))
         #: Oldest use first.
         self._peers: OrderedDict[tuple[bytes, ...], _Peer[J]] = OrderedDict()
         #: Those with pieces to read: they take turns.
@@ -163,13 +173,27 @@ class Reads(Generic[J]):
             claim.wanted = False
             self._num_quarantined += claim.num_slots
 
-    def poll(self) -> Iterator[tuple[J, torch.Tensor]]:
-        """Pieces still wanted that have landed; the bytes are valid until the next is asked for."""
+    def poll(self) -> list[Bundle[J]]:
+        """What has landed; each is to be given back with ``free``, at the latest when its claim is dropped."""
+        landed: list[Bundle[J]] = []
         for number, transport in enumerate(self._transports):
             for handle, error in transport.poll():
                 read = self._open.pop((number, handle))
                 del read.peer.reads[id(read)]
-                yield from self._over(read, error)
+                bundle = self._over(read, error)
+                if bundle.pieces:
+                    landed.append(bundle)
+        return landed
+
+    def free(self, bundle: Bundle[J]) -> None:
+        """Nobody looks at its slots any more."""
+        # The last first: what is taken next is in order then, and in the cache.
+        for job, slot in reversed(bundle.pieces):
+            self._free(bundle.read, job, slot)
+
+    def offset(self, slot: int) -> int:
+        """Where a slot begins in ``landing``."""
+        return slot * self._slot_bytes
 
     def pump(self) -> list[tuple[J, str]]:
         """Let each route take one read, if it has room, peers in turn. Returns what cannot be read, and why.
@@ -195,7 +219,8 @@ class Reads(Generic[J]):
                 self._waiting.move_to_end(key)
         return lost + self._check_room(now)
 
-    def _over(self, read: _Read[J], error: TransportError | None) -> Iterator[tuple[J, torch.Tensor]]:
+    def _over(self, read: _Read[J], error: TransportError | None) -> Bundle[J]:
+        """A read is over: what of it has landed and is wanted. The other slots are free."""
         now, route = self._attend(), read.route
         if read.abandoned:
             route.num_abandoned -= 1
@@ -207,14 +232,15 @@ class Reads(Generic[J]):
             route.failed(read.incident, str(error), now)
         if error is not None and not read.abandoned:
             self._requeue(read)
-        for job, slot in read.bundle:
-            try:
-                if error is None and not read.abandoned and job.claim.wanted:
-                    self._note(job, read)
-                    at = slot * self._slot_bytes
-                    yield job, self.landing[at : at + job.num_bytes]
-            finally:
-                self._free(read, job, slot)
+        good = error is None and not read.abandoned
+        bundle = Bundle(read, [(job, slot) for job, slot in read.bundle if good and job.claim.wanted])
+        if len(bundle.pieces) < len(read.bundle):
+            for job, slot in read.bundle:
+                if not (good and job.claim.wanted):
+                    self._free(read, job, slot)
+        for job, _ in bundle.pieces:
+            self._note(job, read)
+        return bundle
 
     def _take(self, peer: _Peer[J], route: Route, now: float) -> bool:
         """Post one read of the next pieces on this route, if it has room. Whether it did anything."""
@@ -242,7 +268,7 @@ class Reads(Generic[J]):
         if not bundle:
             return False
         read = _Read(0, peer, route, bundle, num_bytes, route.incident, now, time_ns())
-        spans = [Span(job.remote_offset, slot * self._slot_bytes, job.num_bytes) for job, slot in bundle]
+        spans = [Span(job.remote_offset, self.offset(slot), job.num_bytes) for job, slot in bundle]
         route.posted(num_bytes, now)
         try:
             read.handle = self._transports[route.transport].read(route.endpoint, spans)

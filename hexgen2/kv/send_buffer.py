@@ -7,6 +7,7 @@ from threading import Lock
 
 import torch
 
+from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.pieces import PieceFormat
 from hexgen2.kv.quantise import Coder
 from hexgen2.kv.wire import PageLayout, chunk_span
@@ -27,7 +28,8 @@ class SendBuffer:
     def __init__(self, layout: PageLayout, num_bytes: int, device: torch.device) -> None:
         self.layout = layout
         self.num_pages = num_bytes // layout.page_bytes
-        self.buffer = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
+        self.buffer = buffer(self.num_pages * layout.page_bytes, device)
+        self._address = self.buffer.data_ptr()
         self._sends: dict[str, _Send] = {}
         # The forward thread's: it alone calls ``put``.
         self._make_coder = lru_cache(maxsize=8)(Coder)
@@ -66,7 +68,9 @@ class SendBuffer:
             start, stop = chunk_span(chunk, send.num_tokens)
             at = send.pages[chunk] * self.layout.page_bytes + self.layout.piece_offset(layer)
             heads, per_head = self.layout.slice.num_kv_heads, send.format.head_bytes(stop - start)
+            first_head = self.layout.slice.first_kv_head
+            digests = send.format.gather(self._address + at, piece, layer=layer, chunk=chunk, first_head=first_head)
+            if digests is not None:
+                return digests
             encoded = self.buffer[at : at + heads * per_head].view(heads, per_head)
-            return send.format.write(
-                encoded, piece, layer=layer, chunk=chunk, first_head=self.layout.slice.first_kv_head
-            )
+            return send.format.write(encoded, piece, layer=layer, chunk=chunk, first_head=first_head)

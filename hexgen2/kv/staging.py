@@ -2,9 +2,10 @@
 so that what was verified is what is loaded, whatever still happens to the slot it landed in.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice, takewhile
 from threading import Lock
 from time import perf_counter
 from typing import Literal
@@ -12,13 +13,18 @@ from typing import Literal
 import torch
 
 from hexgen2.kv.codec import to_wire
+from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.layout import Pick, plan_picks
 from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, RouteShare, Source, ToService
 from hexgen2.kv.pieces import TORCH_DTYPE, PieceFormat
 from hexgen2.kv.quantise import Coder
-from hexgen2.kv.reads import Claim, Reads
+from hexgen2.kv.reads import Bundle, Claim, Reads
 from hexgen2.kv.transport import Transport
+from hexgen2.kv.verifying import Verifier
 from hexgen2.kv.wire import CHUNK_TOKENS, PageLayout, chunk_span, num_chunks
+
+#: Less than so much is verified sooner than another thread is woken.
+_HERE_BYTES = 256 << 10
 
 
 @dataclass(slots=True)
@@ -38,6 +44,8 @@ class _Recv:
     verify_s: float = 0.0
     open: bool = True
     loading: bool = False
+    #: Bundles with pieces of it that are being copied to its pages.
+    num_verifying: int = 0
     failed: bool = False
 
     @property
@@ -45,7 +53,7 @@ class _Recv:
         return self.num_remaining == 0 and not self.failed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
     """One contiguous read (``kv.reads.Readable``): some heads of one (layer, chunk)."""
 
@@ -56,7 +64,10 @@ class _Job:
     source: Source
     remote_offset: int
     num_bytes: int
+    #: As announced.
     digests: tuple[int, ...]
+    #: Where its copy begins, in bytes of staging.
+    at: int
 
     @property
     def claim(self) -> Claim:
@@ -65,6 +76,14 @@ class _Job:
     @property
     def peer(self) -> tuple[bytes, ...]:
         return self.source.endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """Of one piece: the digests of its copy, as they travel, and how long it took."""
+
+    digests: tuple[int, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +121,21 @@ class Staging:
         staging_bytes: int,
         landing_bytes: int,
         stall_s: float,
+        wake: Callable[[], None] | None = None,
     ) -> None:
+        """``wake``: called by another thread when ``turn`` has something to do; None: there is no other thread."""
         self.layout = layout
         self.device = device
         self.num_pages = staging_bytes // layout.page_bytes
         self.reads: Reads[_Job] = Reads(transports, landing_bytes, layout.slot_bytes, device, stall_s)
         self._transports = tuple(transports)
-        pages = torch.empty(self.num_pages * layout.page_bytes, dtype=torch.uint8, device=device)
+        pages = buffer(self.num_pages * layout.page_bytes, device)
         self._values = pages.view(TORCH_DTYPE[layout.shape.dtype])
+        self._values_at, self._landing_at = pages.data_ptr(), self.reads.landing.data_ptr()
         self._recvs: dict[str, _Recv] = {}
         self._lock = Lock()
-        # The agent's thread's: it alone verifies.
+        self._verifier: Verifier[Bundle[_Job], list[_Verified]] = Verifier(self._verify, wake)
+        # Whoever verifies uses it: never two threads at once.
         self._make_coder = lru_cache(maxsize=8)(Coder)
 
     def open(self, request: OpenRecv) -> None:
@@ -147,8 +170,10 @@ class Staging:
             theirs = recv.layouts[piece.rank]
             start, stop = chunk_span(piece.chunk, recv.request.num_tokens)
             per_head = recv.format.head_bytes(stop - start)
+            page = recv.request.pages[piece.chunk] * self.layout.page_bytes
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
                 first = pick.first_kv_head - source.slice.first_kv_head
+                ours = pick.first_kv_head - self.layout.slice.first_kv_head
                 self.reads.add(
                     _Job(
                         recv=recv,
@@ -161,27 +186,40 @@ class Staging:
                         + first * per_head,
                         num_bytes=pick.num_kv_heads * per_head,
                         digests=piece.digests[first : first + pick.num_kv_heads],
+                        at=page + self.layout.piece_offset(piece.layer) + ours * self._head_bytes(stop - start),
                     )
                 )
 
     def turn(self) -> list[ToService]:
         """Post reads, verify what has landed, report what is complete or broken."""
         messages: list[ToService] = []
-        for job, landed in self.reads.poll():
-            messages += self._verify(job, landed)
+        for bundle in self.reads.poll():
+            for recv in _recvs_of(bundle):
+                recv.num_verifying += 1
+            self._verifier.give(bundle, here=bundle.read.num_bytes < _HERE_BYTES or not self.reads.busy)
+        for bundle, outcome in self._verifier.collect():
+            self.reads.free(bundle)
+            for recv in _recvs_of(bundle):
+                recv.num_verifying -= 1
+            for (job, _), verified in zip(bundle.pieces, outcome, strict=True):
+                messages += self._settle(job, verified)
         for job, why in self.reads.pump():
             messages += self._fail(job.recv, "lost", why)
         return messages
 
+    def stop(self) -> None:
+        """Nothing will be verified any more. Idempotent."""
+        self._verifier.stop()
+
     def close(self, transfer_id: str) -> bool:
-        """Give the transfer up. False while the engine is copying from it: ask again after ``unpin``."""
+        """Give the transfer up. False while something is copied to or from its pages: ask again after a ``turn``."""
         with self._lock:
             recv = self._recvs.get(transfer_id)
             if recv is None:
                 return True
             recv.open = False
             self.reads.drop(recv.claim)
-            if recv.loading:
+            if recv.loading or recv.num_verifying:
                 return False
             del self._recvs[transfer_id]
             return True
@@ -210,19 +248,57 @@ class Staging:
         # One call into torch: pieces are small enough for each to count.
         return self._values.as_strided((heads, 2, num_tokens, head_dim), (2 * row, row, head_dim, 1), at)
 
-    def _verify(self, job: _Job, landed: torch.Tensor) -> list[ToService]:
-        recv, pick = job.recv, job.pick
-        began = perf_counter()
+    def _verify(self, bundle: "Bundle[_Job]") -> "list[_Verified]":
+        """Copy each piece to its page and digest the copy. Runs in any thread."""
+        verified: list[_Verified] = []
+        pieces = bundle.pieces
+        while len(verified) < len(pieces):
+            recv = pieces[len(verified)][0].recv
+            same = list(takewhile(lambda piece: piece[0].recv is recv, pieces[len(verified) :]))  # noqa: B023, used at once
+            began = perf_counter()
+            digests = self._move(recv, same)
+            seconds = (perf_counter() - began) / len(same)
+            verified += (_Verified(each, seconds) for each in digests)
+        return verified
+
+    def _move(self, recv: _Recv, pieces: "list[tuple[_Job, int]]") -> list[tuple[int, ...]]:
+        """The digests of each piece's copy."""
+        if recv.format.keeps(self._values.dtype):
+            moves = [
+                recv.format.as_move(
+                    self._values_at + job.at,
+                    self._landing_at + self.reads.offset(slot),
+                    job.pick.num_kv_heads,
+                    job.num_tokens,
+                    layer=job.pick.layer,
+                    chunk=job.chunk,
+                    first_head=job.pick.first_kv_head,
+                )
+                for job, slot in pieces
+            ]
+            digests = recv.format.move(moves)
+            if digests is not None:
+                heads = iter(digests)
+                return [tuple(islice(heads, job.pick.num_kv_heads)) for job, _ in pieces]
+        return [self._read(recv.format, job, self.reads.offset(slot)) for job, slot in pieces]
+
+    def _read(self, form: PieceFormat, job: _Job, at: int) -> tuple[int, ...]:
+        pick = job.pick
         first = pick.first_kv_head - self.layout.slice.first_kv_head
-        target = self.piece(recv.request.pages[job.chunk], pick.layer, job.num_tokens)[
-            first : first + pick.num_kv_heads
-        ]
-        encoded = landed.view(pick.num_kv_heads, -1)
-        digests = to_wire(
-            recv.format.read(target, encoded, layer=pick.layer, chunk=job.chunk, first_head=pick.first_kv_head)
-        )
-        recv.verify_s += perf_counter() - began
-        if digests != job.digests:
+        page = self.piece(job.recv.request.pages[job.chunk], pick.layer, job.num_tokens)
+        encoded = self.reads.landing[at : at + job.num_bytes].view(pick.num_kv_heads, -1)
+        target = page[first : first + pick.num_kv_heads]
+        return to_wire(form.read(target, encoded, layer=pick.layer, chunk=job.chunk, first_head=pick.first_kv_head))
+
+    def _head_bytes(self, num_tokens: int) -> int:
+        """Of a piece as it is staged."""
+        return self.layout.head_bytes_per_token * num_tokens
+
+    def _settle(self, job: _Job, verified: "_Verified") -> list[ToService]:
+        """Take note of a piece that was verified, or was not what was announced."""
+        recv, pick = job.recv, job.pick
+        recv.verify_s += verified.seconds
+        if verified.digests != job.digests:
             where = f"layer {pick.layer}, chunk {job.chunk}, rank {pick.rank}"
             return self._fail(recv, "corrupt", f"digest mismatch at {where}")
         recv.num_remaining -= 1
@@ -240,3 +316,8 @@ class Staging:
         recv.failed = True
         self.reads.drop(recv.claim)
         return [Failed(recv.request.transfer_id, reason, detail)]
+
+
+def _recvs_of(bundle: Bundle[_Job]) -> Iterable[_Recv]:
+    """Each once."""
+    return {id(job.recv): job.recv for job, _ in bundle.pieces}.values()

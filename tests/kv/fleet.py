@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from hexgen2.kv.agent import KvAgent
+from hexgen2.kv.codec import to_wire
 from hexgen2.kv.memory import MemoryNetwork, MemoryTransport
-from hexgen2.kv.messages import Source
+from hexgen2.kv.messages import Piece, Source
 from hexgen2.kv.ranks import Event, Ranks
+from hexgen2.kv.send_buffer import SendBuffer
 from hexgen2.kv.transport import Transport
 from hexgen2.kv.wire import KvShape, PageLayout, RankSlice, chunk_span, num_chunks
 
@@ -113,3 +115,15 @@ def random_kv(shape: KvShape, num_tokens: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = (shape.num_layers, shape.num_kv_heads, 2, num_tokens, shape.head_dim)
     return torch.randn(size, generator=generator).to(getattr(torch, shape.dtype))
+
+
+def sent_pieces(send: SendBuffer, transfer_id: str, kv: torch.Tensor) -> tuple[Piece, ...]:
+    """All pieces of ``kv``, put into the send buffer of one rank that holds it all, as they are announced."""
+    pieces: list[Piece] = []
+    for chunk in range(num_chunks(kv.shape[3])):
+        start, stop = chunk_span(chunk, kv.shape[3])
+        for layer in range(kv.shape[0]):
+            digests = send.put(transfer_id, layer, chunk, kv[layer, :, :, start:stop])
+            assert digests is not None
+            pieces.append(Piece(0, layer, chunk, to_wire(digests)))
+    return tuple(pieces)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 
 from hexgen2.kv import kernels
-from hexgen2.kv.codec import DigestKey, copy_and_digest, digest, to_wire
+from hexgen2.kv.codec import DigestKey, as_move, copy_and_digest, digest, move_and_digest, to_wire
 
 MAX_WORDS = 1024
 TOKEN = b"a transfer's secret token, 32 B."
@@ -21,19 +21,9 @@ def of(piece: torch.Tensor, key: DigestKey = KEY, layer: int = 3, chunk: int = 5
 
 
 def reference_multipliers(token: bytes, num_words: int) -> tuple[list[int], int]:
-    stream = shake_128(b"hexgen2 kv digest\0" + token).digest(24 + 8 * num_words)
-    numbers = [int.from_bytes(stream[i : i + 8], "little") for i in range(0, len(stream), 8)]
-    factor, a, b = (number | 1 for number in numbers[:3])
-    index_bits = (num_words - 1).bit_length()
-    multipliers = []
-    for index, random in enumerate(numbers[3:]):
-        low = (random << index_bits | index) % 2**31
-        low = low * a % 2**31
-        low ^= low >> 16
-        low = low * b % 2**31
-        low ^= low >> 16
-        multipliers.append((random >> 33 << 33) + (low << 2) + 1)
-    return multipliers, factor
+    stream = shake_128(b"hexgen2 kv digest\0" + token).digest(8 + 8 * num_words + 400)
+    numbers = [int.from_bytes(stream[i : i + 4], "little") // 2 | 1 for i in range(8, len(stream), 4)]
+    return list(dict.fromkeys(numbers))[:num_words], int.from_bytes(stream[:8], "little") | 1
 
 
 def reference_digest(data: bytes, token: bytes, max_words: int, layer: int, chunk: int, head: int) -> int:
@@ -63,16 +53,24 @@ def test_known_answer() -> None:
     """Part of the wire format: changing this value breaks clusters of mixed versions."""
     piece = torch.arange(8, dtype=torch.int32).view(2, 4)
     digests = to_wire(digest(piece, DigestKey(b"token", 4), layer=1, chunk=2, first_head=3))
-    assert digests == (13410200163325996298, 985531744922926586)
+    assert digests == (6733015372446286862, 13907249594548026110)
     assert digests[0] == reference_digest(piece[0].numpy().tobytes(), b"token", 4, 1, 2, 3)
 
 
 @pytest.mark.parametrize("token", [b"", b"1", b"2"])
 @pytest.mark.parametrize("num_words", [1, 2, 3, 1000, 1 << 16])
-def test_multipliers_are_1_modulo_4_and_differ_modulo_2_to_the_33(token: bytes, num_words: int) -> None:
-    multipliers = [r % 2**33 for r in DigestKey(token, num_words)._multipliers.tolist()]
-    assert {r % 4 for r in multipliers} == {1}
+def test_multipliers_are_odd_positive_and_differ(token: bytes, num_words: int) -> None:
+    multipliers = DigestKey(token, num_words)._multipliers.tolist()
+    assert all(r % 2 and 0 < r < 2**31 for r in multipliers)
     assert len(set(multipliers)) == num_words
+
+
+def test_multipliers_that_were_drawn_twice_are_left_out() -> None:
+    num_words = 1 << 17
+    assert DigestKey(TOKEN, num_words)._multipliers.tolist() == reference_multipliers(TOKEN, num_words)[0]
+    stream = shake_128(b"hexgen2 kv digest\0" + TOKEN).digest(8 + 4 * num_words)
+    drawn = [int.from_bytes(stream[i : i + 4], "little") // 2 | 1 for i in range(8, len(stream), 4)]
+    assert len(set(drawn)) < num_words, "another token is needed to try this"
 
 
 @given(words=st.lists(WORD, min_size=1, max_size=64), data=st.data())
@@ -97,8 +95,8 @@ def test_two_swapped_words_are_seen_under_any_key(words: list[int], data: st.Dat
 
 
 def test_sign_bits_of_many_words_are_told_apart() -> None:
-    """The weakest place of a sum modulo 2**64: only the multipliers' low 33 bits count for top bits."""
-    num_words = 48
+    """The weakest place of a sum modulo 2**64: of a product with a top bit only the low bits count."""
+    num_words = 24
     base = torch.zeros(1, num_words, dtype=torch.int32)
     seen = {of(base)[0]}
     flips = 1
@@ -252,10 +250,39 @@ def test_any_shape_and_strides_give_the_digest_of_the_bytes(
 
 
 def test_the_kernel_does_not_bend_to_what_it_cannot_do() -> None:
-    """Rows that are not whole words are NumPy's."""
+    """Rows that are not whole pairs of words are NumPy's."""
     piece = torch.zeros(2, 2, 4, 3, dtype=torch.bfloat16)
     key = DigestKey(TOKEN, MAX_WORDS)
     assert kernels.copy_and_sum(piece.transpose(1, 2), piece.transpose(1, 2), key._multipliers, 0, 0) is None
+
+
+@given(
+    heads=st.integers(1, 3),
+    pairs=st.lists(st.integers(1, MAX_WORDS // 2), min_size=1, max_size=4),
+    layer=st.integers(0, 4095),
+)
+def test_many_pieces_at_once_are_the_same_as_one_by_one(heads: int, pairs: list[int], layer: int) -> None:
+    pieces = [torch.randint(-(2**31), 2**31, (heads, 2 * size), dtype=torch.int32) for size in pairs]
+    copies = [torch.zeros_like(piece) for piece in pieces]
+    moves = [
+        as_move(
+            copy.data_ptr(), piece.data_ptr(), heads, 4 * piece.shape[1], KEY, layer=layer, chunk=chunk, first_head=7
+        )
+        for chunk, (copy, piece) in enumerate(zip(copies, pieces, strict=True))
+    ]
+    assert move_and_digest(moves, KEY) == [
+        each
+        for chunk, piece in enumerate(pieces)
+        for each in to_wire(digest(piece, KEY, layer=layer, chunk=chunk, first_head=7))
+    ]
+    assert all(map(torch.equal, copies, pieces))
+
+
+def test_many_pieces_are_left_alone_where_one_is_not_whole_pairs() -> None:
+    piece, copy = torch.ones(1, 3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32)
+    move = as_move(copy.data_ptr(), piece.data_ptr(), 1, 12, KEY, layer=0, chunk=0, first_head=0)
+    assert move_and_digest([move], KEY) is None
+    assert not copy.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,6 +1,6 @@
 """Routes share the reads of a peer, take over from each other, and leave no slot behind. Time is counted in turns."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,27 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexgen2.kv.memory import MemoryNetwork, MemoryTransport
-from hexgen2.kv.reads import Claim, Reads
+from hexgen2.kv.reads import Bundle, Claim, Reads
+from tests.kv.read_job import Job
 
 SLOT = 1 << 10
 KIB_PER_TURN = 1 << 10
 TURN_S = 0.001
 STALL_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    number: int
-    claim: Claim
-    peer: tuple[bytes, ...]
-
-    @property
-    def remote_offset(self) -> int:
-        return self.number * SLOT
-
-    @property
-    def num_bytes(self) -> int:
-        return SLOT
 
 
 @dataclass
@@ -43,6 +29,8 @@ class Rig:
     net: MemoryNetwork = field(default_factory=MemoryNetwork)
     now: float = 0.0
     num_turns: int = 0
+    #: Bundles that have landed and are looked at for longer than a turn.
+    keep: int = 0
 
     def __post_init__(self) -> None:
         self.send = torch.randint(0, 256, (self.num_jobs * SLOT,), dtype=torch.uint8)
@@ -57,18 +45,24 @@ class Rig:
             transport.local = str(number)
             transport.register(None, self.reads.landing)
         self.landed: Counter[int] = Counter()
+        self.kept: deque[Bundle[Job]] = deque()
         self.lost: dict[int, str] = {}
 
     def add(self, claim: Claim, numbers: Sequence[int] | None = None) -> None:
         for number in range(self.num_jobs) if numbers is None else numbers:
-            self.reads.add(Job(number, claim, tuple(transport.endpoint() for transport in self.theirs)))
+            self.reads.add(Job(number, claim, tuple(transport.endpoint() for transport in self.theirs), SLOT))
 
     def turn(self) -> None:
         self.now += TURN_S
         self.num_turns += 1
-        for job, landed in self.reads.poll():
-            assert torch.equal(landed, self.send[job.remote_offset : job.remote_offset + SLOT])
-            self.landed[job.number] += 1
+        for bundle in self.reads.poll():
+            for job, slot in bundle.pieces:
+                landed = self.reads.landing[self.reads.offset(slot) :][:SLOT]
+                assert torch.equal(landed, self.send[job.remote_offset : job.remote_offset + SLOT])
+                self.landed[job.number] += 1
+            self.kept.append(bundle)
+        while len(self.kept) > self.keep:
+            self.reads.free(self.kept.popleft())
         self.lost |= {job.number: why for job, why in self.reads.pump()}
         while self.reads.moved:
             self.lost |= {job.number: why for job, why in self.reads.pump()}
@@ -208,8 +202,8 @@ def test_quarantine_that_holds_every_slot_sends_others_elsewhere() -> None:
     for number in range(4):  # four peers of two slots each at most
         peer = MemoryTransport(rig.net)
         peer.register(rig.send, None)
-        rig.reads.add(Job(number, claim, (peer.endpoint(),)))
-        rig.reads.add(Job(number, claim, (peer.endpoint(),)))
+        rig.reads.add(Job(number, claim, (peer.endpoint(),), SLOT))
+        rig.reads.add(Job(number, claim, (peer.endpoint(),), SLOT))
     rig.turn()
     rig.reads.drop(claim)
     assert rig.reads.quarantine_bytes == 4 * SLOT
@@ -235,6 +229,7 @@ STEPS = st.lists(
         st.tuples(st.just("drop"), st.integers(0, 3)),
         st.tuples(st.just("rate"), st.tuples(st.integers(0, 2), st.sampled_from([0, 100, SLOT, 9 * SLOT]))),
         st.tuples(st.just("fail"), st.integers(1, 4)),
+        st.tuples(st.just("keep"), st.integers(0, 3)),
         st.tuples(st.just("close"), st.integers(0, 2)),
     ),
     max_size=25,
@@ -271,14 +266,17 @@ def test_whatever_happens_each_wanted_piece_lands_or_is_lost_and_every_slot_come
                 rig.ours[which].bytes_per_poll = rate
             case "fail", int(count):
                 rig.net.fail = count
+            case "keep", int(count):
+                rig.keep = count
             case "close", int(which):
                 rig.theirs[which].close()
             case _:
                 pass
-    rig.net.fail = 0
+    rig.net.fail = rig.keep = 0
     for transport in rig.ours:
         transport.bytes_per_poll = None
     rig.run()
+    rig.turn()
     for each, claim in owners.items():
         if claim.wanted:
             assert rig.landed[each] + (each in rig.lost) == 1, each

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from time import monotonic, sleep
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from hexgen2.kv.choose import make_transports
 from hexgen2.kv.reads import Claim, Reads
+from tests.kv.read_job import Job
 from tests.kv.serving_peer import Peer, serving_peer
 
 MIB = 1 << 20
@@ -18,21 +18,6 @@ SLOT = 64 << 10
 SEND_BYTES = 16 * MIB
 LIMIT_S = 30.0
 STALL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    number: int
-    peer: tuple[bytes, ...]
-    claim: Claim
-
-    @property
-    def remote_offset(self) -> int:
-        return self.number * SLOT
-
-    @property
-    def num_bytes(self) -> int:
-        return SLOT
 
 
 class Rig:
@@ -54,13 +39,16 @@ class Rig:
     def add(self, numbers: Sequence[int]) -> None:
         endpoints = tuple(peer.endpoint for peer in self.peers)
         for number in numbers:
-            self.reads.add(Job(number, endpoints, self.claim))
+            self.reads.add(Job(number, self.claim, endpoints, SLOT))
 
     def turn(self) -> None:
-        for job, landed in self.reads.poll():
-            assert torch.equal(landed, self.peers[0].send[job.remote_offset : job.remote_offset + SLOT])
-            assert job.number not in self.landed
-            self.landed.add(job.number)
+        for bundle in self.reads.poll():
+            for job, slot in bundle.pieces:
+                landed = self.reads.landing[self.reads.offset(slot) :][:SLOT]
+                assert torch.equal(landed, self.peers[0].send[job.remote_offset : job.remote_offset + SLOT])
+                assert job.number not in self.landed
+                self.landed.add(job.number)
+            self.reads.free(bundle)
         self.lost |= {job.number: why for job, why in self.reads.pump()}
         sleep(1e-4)
 
