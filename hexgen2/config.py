@@ -65,6 +65,10 @@ class VllmEngineConfig(Config):
     block_size: int | None = Field(None, ge=1)
     kv_cache_bytes: int | None = Field(None, ge=MIB, description="engine KV cache; 1 GiB on CPU, vLLM's own on GPU")
     omp_num_threads: int = Field(1, ge=1, description="OpenMP threads per rank on CPU")
+    nnodes: int = Field(1, ge=1, description="machines that the ranks are on, as many on each")
+    node_rank: int = Field(0, ge=0, description="which of them this is; those after the first run `hexgen2 node`")
+    master_addr: str = Field("127.0.0.1", description="with nnodes: address of the first")
+    master_port: int = Field(29501, ge=1, le=65535)
 
 
 class EmulatedEngineConfig(Config):
@@ -135,8 +139,21 @@ class WorkerConfig(Config):
     metrics_listen: str = Field("", description="host:port of Prometheus metrics; empty: none")
     engine: EngineConfig
     kv: KvConfig = KvConfig()
+    nodes_listen: str = Field(
+        "", description="with nnodes: host:port where the other machines' `hexgen2 node` find this worker"
+    )
     tls: TlsConfig | None = _TLS
     drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end after SIGTERM")
+
+
+class NodeConfig(Config):
+    """Further ranks of a replica, on a machine that is not its first."""
+
+    replica_id: str = Field("", max_length=64)
+    leader: str = Field(description="host:port, the `nodes_listen` of the worker on the first machine")
+    engine: VllmEngineConfig = Field(description="as the worker's, but for node_rank")
+    kv: KvConfig = Field(KvConfig(), description="as the worker's, but for the addresses")
+    tls: TlsConfig | None = _TLS
 
 
 class ReplanConfig(Config):

@@ -67,7 +67,7 @@ class Ports(Config):
     coordinator: Port = 50052
     worker: Port = 50061
     metrics: Port = 9400
-    engine: Port = Field(29500, description="between the machines of one replica; each such replica takes three")
+    engine: Port = Field(29500, description="between the machines of one replica; each such replica takes two")
 
 
 class Inventory(Config):

@@ -25,7 +25,7 @@ from hexgen2.cli.lazy import LazyCommand
 from hexgen2.cli.options import serve_and_exit, service_command
 from hexgen2.cli.prepare import prepare
 from hexgen2.cli.status import show_status
-from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
+from hexgen2.config import CoordinatorConfig, GatewayConfig, NodeConfig, TlsConfig, WorkerConfig
 from hexgen2.errors import HexgenError
 from hexgen2.placement import load_placement, to_json
 from hexgen2.security.tls import TlsFiles
@@ -248,6 +248,7 @@ main.add_command(_service("coordinator", CoordinatorConfig))
 main.add_command(_service("prefill", WorkerConfig))
 main.add_command(_service("decode", WorkerConfig))
 main.add_command(_service("flexible", WorkerConfig))
+main.add_command(_service("node", NodeConfig))
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,8 @@ from hexgen2.config import (
     EmulatedEngineConfig,
     EngineConfig,
     GatewayConfig,
+    KvConfig,
+    NodeConfig,
     TlsConfig,
     WorkerConfig,
 )
@@ -49,11 +51,37 @@ class Process:
     drain_s: float = 0.0
     #: Of the plan, which it runs.
     replica: str = ""
+    #: The host of the replica's worker, where this is another with further ranks of it.
+    leader: str = ""
 
     @property
     def unit(self) -> str:
         """The unit's name."""
         return f"hexgen2-{self.name}.service"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A replica on several machines, the first of which has its worker. ``number``: among such replicas."""
+
+    machines: tuple[str, ...]
+    inventory: Inventory
+    number: int
+
+    @property
+    def address(self) -> str:
+        """Of the first machine."""
+        return self.inventory.host(self.machines[0]).address
+
+    @property
+    def leader(self) -> str:
+        """Where the worker waits for the other machines."""
+        return format_address(self.address, self.inventory.ports.engine + 2 * self.number + 1)
+
+    def engine(self, rank: int) -> dict[str, object]:
+        """Of vLLM's own settings those of one machine."""
+        port = self.inventory.ports.engine + 2 * self.number
+        return {"nnodes": len(self.machines), "node_rank": rank, "master_addr": self.address, "master_port": port}
 
 
 def processes(inventory: Inventory, placement: Placement, file: str) -> dict[str, list[Process]]:
@@ -65,11 +93,18 @@ def processes(inventory: Inventory, placement: Placement, file: str) -> dict[str
     places = _places(inventory, placement, file)
     found: dict[str, list[Process]] = {host.name: [] for host in inventory.hosts}
     found[inventory.coordinator].append(_coordinator(inventory))
+    num_split = 0
     for replica in placement.replicas:
-        (host,) = dict.fromkeys(stage.machine for stage in replica.stages)
-        number = sum(process.caller is Caller.WORKER for process in found[host])
-        share = places[host][replica.id]
-        found[host].append(_worker(inventory, inventory.host(host), placement, replica, share, number, file))
+        machines = tuple(dict.fromkeys(stage.machine for stage in replica.stages))
+        split = Split(machines, inventory, num_split) if len(machines) > 1 else None
+        num_split += split is not None
+        for rank, machine in enumerate(machines):
+            host, share = inventory.host(machine), places[machine][replica.id]
+            if rank and split is not None:
+                found[machine].append(_node(inventory, host, placement, replica, share, split, rank, file))
+                continue
+            number = sum(process.command == "flexible" for process in found[machine])
+            found[machine].append(_worker(inventory, host, placement, replica, share, number, split, file))
     for name in inventory.gateways:
         found[name].append(_gateway(inventory, inventory.host(name)))
     return found
@@ -106,8 +141,8 @@ def _places(inventory: Inventory, placement: Placement, file: str) -> dict[str, 
     for replica in placement.replicas:
         if not _ID.fullmatch(replica.id):
             problems.append(f"hosts: the plan's replica {replica.id[:80]!r} cannot be named so")
-        elif len({stage.machine for stage in replica.stages}) > 1:
-            problems.append(f"hosts: the plan's replica {replica.id} is on several machines")
+        elif problem := _splits_badly(replica):
+            problems.append(f"hosts: the plan's replica {replica.id} is on several machines, {problem}")
     for name, count in Counter(each.id for each in placement.replicas).items():
         if count > 1:
             problems.append(f"hosts: the plan has {count} replicas called {name}")
@@ -130,6 +165,21 @@ def _places(inventory: Inventory, placement: Placement, file: str) -> dict[str, 
     if problems:
         raise ConfigError("\n".join(f"{file}: {problem}" for problem in problems))
     return found
+
+
+def _splits_badly(replica: ReplicaPlan) -> str:
+    """Why vLLM's multi-node executor cannot run it; empty: it can, or need not. It numbers ranks machine by machine."""
+    order = [stage.machine for stage in replica.stages]
+    machines = list(dict.fromkeys(order))
+    counts = {
+        machine: sum(s.tensor_parallel_size for s in replica.stages if s.machine == machine) for machine in machines
+    }
+    if order != sorted(order, key=machines.index):
+        return "and its stages go to and fro between them: vLLM takes a machine's stages one after the other"
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{count} GPUs of {machine}" for machine, count in counts.items())
+        return f"with {told}: vLLM takes as many of each"
+    return ""
 
 
 def _part(replica: ReplicaPlan, machine: str) -> ReplicaPlan | None:
@@ -185,12 +235,15 @@ def _gateway(inventory: Inventory, host: Host) -> Process:
 
 
 def _worker(
-    inventory: Inventory, host: Host, placement: Placement, replica: ReplicaPlan, share: Share, number: int, file: str
+    inventory: Inventory,
+    host: Host,
+    placement: Placement,
+    replica: ReplicaPlan,
+    share: Share,
+    number: int,
+    split: Split | None,
+    file: str,
 ) -> Process:
-    needs_rdma = placement.needs_rdma(replica.id)
-    # On one host KV need not leave it; elsewhere ``auto`` takes RDMA where there is some, and TCP.
-    kv_host = (host.kv_host or host.address) if len(placement.machines) > 1 else "127.0.0.1"
-    kv = inventory.kv.model_copy(update={"host": kv_host} | ({"require": "rdma"} if needs_rdma else {}))
     ports = inventory.ports
     config = WorkerConfig(
         role="flexible",
@@ -199,8 +252,9 @@ def _worker(
         # The coordinator's metrics are on the first port.
         metrics_listen=format_address(host.address, ports.metrics + 1 + number),
         coordinator=_address(inventory),
-        engine=_engine(inventory, replica, file),
-        kv=kv,
+        engine=_engine(inventory, replica, split, 0, file),
+        kv=_kv(inventory, host, placement, replica),
+        nodes_listen=split.leader if split is not None else "",
         tls=_tls(inventory, Caller.WORKER),
         drain_s=inventory.drain_s,
     )
@@ -210,7 +264,7 @@ def _worker(
         Caller.WORKER,
         config,
         config.listen,
-        {**ucx_environment(host), **planned_environment(replica, share.gpus), **host.environment},
+        _environment(host, replica, share, split),
         cores=share.cores,
         devices=bool(share.gpus) or host.infiniband,
         drain_s=config.drain_s,
@@ -218,11 +272,60 @@ def _worker(
     )
 
 
-def _engine(inventory: Inventory, replica: ReplicaPlan, file: str) -> EngineConfig:
+def _node(
+    inventory: Inventory,
+    host: Host,
+    placement: Placement,
+    replica: ReplicaPlan,
+    share: Share,
+    split: Split,
+    rank: int,
+    file: str,
+) -> Process:
+    config = NodeConfig.model_validate(
+        {
+            "replica_id": replica.id,
+            "leader": split.leader,
+            "engine": _engine(inventory, replica, split, rank, file),
+            "kv": _kv(inventory, host, placement, replica),
+            "tls": _tls(inventory, Caller.WORKER),
+        }
+    )
+    return Process(
+        f"node-{replica.id}",
+        "node",
+        Caller.WORKER,
+        config,
+        "",
+        _environment(host, replica, share, split),
+        cores=share.cores,
+        devices=bool(share.gpus) or host.infiniband,
+        replica=replica.id,
+        leader=split.machines[0],
+    )
+
+
+def _kv(inventory: Inventory, host: Host, placement: Placement, replica: ReplicaPlan) -> KvConfig:
+    # On one host KV need not leave it; elsewhere ``auto`` takes RDMA where there is some, and TCP.
+    kv_host = (host.kv_host or host.address) if len(placement.machines) > 1 else "127.0.0.1"
+    rdma = {"require": "rdma"} if placement.needs_rdma(replica.id) else {}
+    return inventory.kv.model_copy(update={"host": kv_host, **rdma})
+
+
+def _environment(host: Host, replica: ReplicaPlan, share: Share, split: Split | None) -> dict[str, str]:
+    # vLLM would guess which of a machine's addresses the others know.
+    address = {} if split is None else {"VLLM_HOST_IP": host.address}
+    return {**ucx_environment(host), **planned_environment(replica, share.gpus), **address, **host.environment}
+
+
+def _engine(inventory: Inventory, replica: ReplicaPlan, split: Split | None, rank: int, file: str) -> EngineConfig:
     engine = inventory.the_engine
     if isinstance(engine, EmulatedEngineConfig):
+        if split is not None:
+            raise ConfigError(f"{file}: engine: replica {replica.id} is on several machines, which only vLLM can be")
         return engine
-    return planned_engine(engine, replica, sum(stage.num_layers for stage in replica.stages), Path(file))
+    planned = planned_engine(engine, replica, sum(stage.num_layers for stage in replica.stages), Path(file))
+    return planned if split is None else planned.model_copy(update=split.engine(rank))
 
 
 def names_of(host: Host) -> Sequence[str]:

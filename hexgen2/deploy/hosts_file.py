@@ -61,25 +61,36 @@ def hosts_file(
                 ],
                 "hexgen2_retries": RETRIES,
             },
-            "hosts": {host.name: _host(inventory, host, found[host.name]) for host in inventory.hosts},
+            "hosts": {host.name: _host(inventory, host, found) for host in inventory.hosts},
         }
     }
     return HEADER.format(command=command) + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
-def _host(inventory: Inventory, host: Host, found: Sequence[Process]) -> dict[str, Any]:
+def _host(inventory: Inventory, host: Host, processes: Mapping[str, Sequence[Process]]) -> dict[str, Any]:
+    found = processes[host.name]
     return {
         "ansible_host": host.ssh_host or host.address,
         "ansible_user": host.ssh_user,
         "ansible_port": host.ssh_port,
         **({} if host.ssh_user == "root" else {"ansible_become": True}),
         "hexgen2_replicas": [each.replica for each in found if each.replica],
-        "hexgen2_processes": [{"unit": each.unit, "health": _health(inventory, each)} for each in found],
+        "hexgen2_processes": [_process(inventory, each, processes) for each in found],
     }
 
 
+def _process(inventory: Inventory, process: Process, processes: Mapping[str, Sequence[Process]]) -> dict[str, Any]:
+    told: dict[str, Any] = {"unit": process.unit, "health": _health(inventory, process)}
+    if process.leader:
+        (worker,) = (each for each in processes[process.leader] if each.replica == process.replica)
+        told["leader"] = {"host": process.leader, "unit": worker.unit}
+    return told
+
+
 def _health(inventory: Inventory, process: Process) -> list[str]:
-    """The command that says whether a process serves."""
+    """The command that says whether a process serves; of a node whether it runs, the rest its worker says."""
+    if process.leader:
+        return ["systemctl", "is-active", "--quiet", process.unit]
     speaks_tls = inventory.tls and (process.caller is not Caller.GATEWAY or inventory.serve_tls)
     words = [str(PREFIX / "current/bin/python"), "-m", "hexgen2.rpc.health", process.listen]
     return [*words, *([str(tls_folder(process.caller))] if speaks_tls else [])]

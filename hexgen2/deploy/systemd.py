@@ -1,6 +1,7 @@
 """systemd units of a host's processes. Pure."""
 
 from hexgen2.deploy.baremetal import CONFIG, STATE, Process
+from hexgen2.security.callers import Caller
 
 #: From SIGTERM to the end, beyond the time that running requests have: the engine's own end.
 LEAVE_S = 20.0
@@ -58,7 +59,7 @@ def unit(process: Process, user: str, release: str) -> str:
         ("KillMode", "mixed"),
         ("TimeoutStopSec", f"{process.drain_s + LEAVE_S:.0f}"),
         ("LimitNOFILE", "65536"),
-        *([("LimitMEMLOCK", "infinity")] if process.command == "flexible" else []),
+        *([("LimitMEMLOCK", "infinity")] if process.caller is Caller.WORKER else []),
         *([("CPUQuota", f"{process.cores * 100:.0f}%")] if process.cores else []),
         *hardening.items(),
     ]

@@ -77,6 +77,9 @@ def engine_args(
             },
         },
     }
+    if config.nnodes > 1:
+        for name in ("nnodes", "node_rank", "master_addr", "master_port"):
+            args[name] = getattr(config, name)
     if cpu:
         args["enforce_eager"] = True
         args["block_size"] = config.block_size or CPU_BLOCK_SIZE

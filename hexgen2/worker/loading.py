@@ -12,7 +12,9 @@ from hexgen2.engine.make import make_engine
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.plan import Role
+from hexgen2.security.tls import load_tls
 from hexgen2.worker.aio import PageQueue
+from hexgen2.worker.relay import Relay
 
 #: From the engine's start to the last agent's hello; agents connect while the engine starts.
 AGENTS_TIMEOUT_S = 30.0
@@ -90,6 +92,10 @@ async def loading(config: WorkerConfig) -> AsyncIterator[Loading]:
         ranks = Ranks(folder / "kv.sock", num_ranks)
         await ranks.start()
         stack.push_async_callback(ranks.stop)
+        if config.nodes_listen:
+            relay = Relay(config.nodes_listen, ranks.socket_path, load_tls(config.tls))
+            await relay.start()
+            stack.push_async_callback(relay.stop)
         stack.push_async_callback(engine.stop)
         stack.callback(ranks.expect_end)
         yield Loading(engine, ranks, num_ranks, config.kv.max_queued)

@@ -15,12 +15,21 @@ from click.testing import CliRunner
 from hexgen2.cli.deploy import deploy
 from hexgen2.cli.main import main
 from hexgen2.cli.options import merge
-from hexgen2.config import Config, CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
+from hexgen2.config import (
+    Config,
+    CoordinatorConfig,
+    GatewayConfig,
+    NodeConfig,
+    TlsConfig,
+    VllmEngineConfig,
+    WorkerConfig,
+)
 from hexgen2.deploy.baremetal import Process, processes, ucx_environment
+from hexgen2.deploy.hosts_file import hosts_file
 from hexgen2.deploy.systemd import unit
 from hexgen2.errors import ConfigError, HexgenError
 from hexgen2.inventory import Host, Inventory, load_inventory
-from hexgen2.placement import Placement
+from hexgen2.placement import Placement, StagePlan
 from hexgen2.security import certs
 from hexgen2.security.callers import Caller
 from tests.placements import placement, planned_replica, stage, write
@@ -144,6 +153,53 @@ def test_a_plan_for_other_hosts_is_refused(tmp_path: Path, old: str, new: str, p
         return
     with pytest.raises(ConfigError, match=r"inventory\.yaml: (.*\n)*.*" + problem):
         processes(inventory, plan(), "inventory.yaml")
+
+
+def split(*stages: StagePlan) -> Placement:
+    return placement(
+        planned_replica("big", "colocated", *stages), planned_replica("p", "prefill", stage("L40S", machine="b"))
+    )
+
+
+def test_a_replica_larger_than_a_machine_has_a_worker_on_the_first_and_nodes_on_the_others(tmp_path: Path) -> None:
+    text = INVENTORY.replace("cores: 4", "gpus: [NVIDIA A100-SXM4-80GB, NVIDIA A100-SXM4-80GB]")
+    big = split(stage("A100-SXM", 2, 0, 30, machine="b"), stage("A100-SXM", 2, 30, 10, machine="c"))
+    inventory = inventory_of(tmp_path, text)
+    hosts = processes(inventory, big, "inventory.yaml")
+    worker, other = hosts["b"][0], hosts["c"][0]
+    assert [worker.name, other.name] == ["worker-big", "node-big"]
+    assert isinstance(worker.config, WorkerConfig)
+    assert isinstance(other.config, NodeConfig)
+    first, second = worker.config.engine, other.config.engine
+    assert isinstance(first, VllmEngineConfig)
+    assert (first.nnodes, first.node_rank, first.master_addr, first.master_port) == (2, 0, "10.0.0.2", 29500)
+    assert second == first.model_copy(update={"node_rank": 1})
+    assert (first.tensor_parallel_size, first.pipeline_parallel_size) == (2, 2)
+    assert other.config.leader == worker.config.nodes_listen == "10.0.0.2:29501"
+    assert other.config.kv.host == "10.0.0.3"
+    for process, address, gpus in ((worker, "10.0.0.2", "0,2"), (other, "10.0.0.3", "0,1")):
+        assert process.environment["VLLM_PP_LAYER_PARTITION"] == "30,10"
+        assert process.environment["VLLM_HOST_IP"] == address
+        assert process.environment["CUDA_VISIBLE_DEVICES"] == gpus
+    told = yaml.safe_load(hosts_file(inventory, hosts, "r", {}, "test"))["all"]["hosts"]["c"]
+    assert told["hexgen2_replicas"] == ["big"]
+    assert told["hexgen2_processes"][0]["leader"] == {"host": "b", "unit": "hexgen2-worker-big.service"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        (((2, "b"), (1, "c")), "with 2 GPUs of b, 1 GPUs of c: vLLM takes as many of each"),
+        (((1, "b"), (1, "c"), (1, "b"), (1, "c")), "and its stages go to and fro between them"),
+    ],
+)
+def test_what_vllms_multi_node_executor_cannot_run_is_refused(
+    tmp_path: Path, stages: Sequence[tuple[int, str]], problem: str
+) -> None:
+    text = INVENTORY.replace("cores: 4", "gpus: [NVIDIA A100-SXM4-80GB, NVIDIA A100-SXM4-80GB]")
+    big = split(*(stage("A100-SXM", size, 0, 10, machine=machine) for size, machine in stages))
+    with pytest.raises(ConfigError, match=f"replica big is on several machines, {problem}"):
+        processes(inventory_of(tmp_path, text), big, "inventory.yaml")
 
 
 def test_rdma_that_was_planned_must_be_there_and_is_required(tmp_path: Path) -> None:

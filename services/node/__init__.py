@@ -1,0 +1,1 @@
+"""Further ranks of a replica, on a machine that is not its first."""
