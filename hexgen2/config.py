@@ -42,6 +42,8 @@ class TlsConfig(Config):
         return data
 
 
+SLO_TTFT = Field(None, gt=0, description="time to first token that batches adapt to, in seconds; default: the plan's")
+SLO_TPOT = Field(None, gt=0, description="time per output token that batches adapt to, in seconds; default: the plan's")
 _TLS = Field(
     None, description="folder with ca.pem, cert.pem and key.pem (`hexgen2 certs`): TLS, both sides show certificates"
 )
@@ -142,6 +144,8 @@ class WorkerConfig(Config):
     nodes_listen: str = Field(
         "", description="with nnodes: host:port where the other machines' `hexgen2 node` find this worker"
     )
+    slo_ttft_s: float | None = SLO_TTFT
+    slo_tpot_s: float | None = SLO_TPOT
     tls: TlsConfig | None = _TLS
     drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end after SIGTERM")
 

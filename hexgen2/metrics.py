@@ -54,6 +54,8 @@ REQUEST_CONTINUATIONS = Counter(
     "hexgen2:request_continuations", "Answers that broke off and were continued on another replica."
 )
 NUM_REQUESTS_RUNNING = Gauge("hexgen2:num_requests_running", "Requests that the engine is working on.")
+MAX_NUM_SEQS = Gauge("hexgen2:max_num_seqs", "Requests that the engine may work on at once, as adapted.")
+MAX_NUM_BATCHED_TOKENS = Gauge("hexgen2:max_num_batched_tokens", "Tokens of one step of the engine, as adapted.")
 NUM_REQUESTS_WAITING = Gauge("hexgen2:num_requests_waiting", "Requests that wait for memory or the engine.")
 
 KV_TRANSFERS = Counter("hexgen2:kv_transfers", "KV hand-offs by how they ended.", ["state"])

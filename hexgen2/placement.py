@@ -41,6 +41,8 @@ class EnginePlan(Part):
     max_num_batched_tokens: int = Field(ge=1)
     send_tokens: int = Field(ge=1, description="prompt tokens whose KV the send buffer holds")
     staging_tokens: int = Field(ge=1, description="prompt tokens whose KV staging holds")
+    slo_ttft_s: float | None = Field(None, gt=0, description="the workload's limits, which batches adapt to")
+    slo_tpot_s: float | None = Field(None, gt=0)
 
 
 class TimesPlan(Part):

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from hexgen2.config import Config, EngineConfig, KvConfig, ReplanConfig, home
+from hexgen2.config import SLO_TPOT, SLO_TTFT, Config, EngineConfig, KvConfig, ReplanConfig, home
 from hexgen2.kv.codecs import Codec
 
 #: Of the model that is used when none is named; ``cli.prepare`` makes its folder.
@@ -36,6 +36,8 @@ class FleetConfig(Config):
     served_model_name: str = Field("", description="what clients call the model; default: its folder's name")
     engine: EngineConfig
     kv: KvConfig = KvConfig()
+    slo_ttft_s: float | None = SLO_TTFT
+    slo_tpot_s: float | None = SLO_TPOT
     codec: Codec = Field("none", description="what KV travels in between workers; others than none lose a little")
     tls: Path | None = Field(
         None, description="folder made by `hexgen2 certs fleet`: everything speaks TLS, both sides show certificates"

@@ -131,6 +131,8 @@ def _worker(
             "coordinator": addresses.coordinator,
             "engine": engine,
             "kv": config.kv if planned is None else planned_pools(config.kv, engine, planned),
+            "slo_ttft_s": config.slo_ttft_s or (planned and planned.engine and planned.engine.slo_ttft_s),
+            "slo_tpot_s": config.slo_tpot_s or (planned and planned.engine and planned.engine.slo_tpot_s),
             "tls": _tls(config, "worker"),
             "drain_s": config.drain_s,
         }

@@ -7,8 +7,9 @@ over a local socket (``kv.ranks``); the engine learns of a transfer by its id al
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from hexgen2.batching import Limits
 from hexgen2.model import ModelSpec
 
 
@@ -119,3 +120,18 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Free everything. Idempotent."""
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """An engine whose limits may change while it runs."""
+
+    @property
+    def bounds(self) -> tuple[Limits, Limits]:
+        """The least that is of any use, and what it was built for."""
+
+    def limit(self, limits: Limits) -> None:
+        """From the next step on work on no more than this at once; what runs already goes on."""
+
+    def num_requests(self) -> tuple[int, int]:
+        """Requests running and waiting."""

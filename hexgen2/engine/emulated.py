@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hexgen2.batching import Limits
 from hexgen2.config import EmulatedEngineConfig, KvConfig, TlsConfig
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.emulated_kv import MASK, kv_values, next_token, prefix_hashes, read_kv, restored
@@ -33,6 +34,8 @@ from hexgen2.simulator.step_times import Figures, Step, StepTimes
 _IDENTITY = {"name", "num_layers", "num_kv_heads", "head_dim", "vocab_size"}
 #: A step that should be over already is caught up with, as far as this; a longer standstill is none of the engine's.
 MAX_BEHIND_S = 0.05
+#: A step takes in no fewer tokens of prompts, however slow it is.
+LEAST_TOKENS = 16
 _TORCH_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,6 +104,7 @@ class EmulatedEngine:
             self._times, self._kv_tokens = cost.times, cost.kv_tokens
             self._max_num_seqs, self._num_lanes = cost.max_num_seqs * cost.num_lanes, cost.num_lanes
             self._config = config = config.model_copy(update={"max_num_batched_tokens": cost.max_num_batched_tokens})
+        self._most = self._limits = Limits(self._max_num_seqs, config.max_num_batched_tokens)
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -151,6 +155,15 @@ class EmulatedEngine:
         """Running and waiting."""
         return len(self._running), len(self._waiting)
 
+    @property
+    def bounds(self) -> tuple[Limits, Limits]:
+        """See ``base.Adaptable``."""
+        return Limits(1, min(LEAST_TOKENS, self._most.max_num_batched_tokens)), self._most
+
+    def limit(self, limits: Limits) -> None:
+        """See ``base.Adaptable``."""
+        self._limits = limits
+
     async def stop(self) -> None:
         """Cancel what runs and stop the agents."""
         if self._loop is not None:
@@ -185,7 +198,7 @@ class EmulatedEngine:
             self._finish(batch)
         self._running = [r for r in self._running if not r.done]
         held = sum(len(running.token_ids) for running in self._running)
-        while self._waiting and len(self._running) < self._max_num_seqs:
+        while self._waiting and len(self._running) < self._limits.max_num_seqs:
             held += len(self._waiting[0].token_ids) + 1
             if self._running and held > self._kv_tokens:
                 break
@@ -214,7 +227,7 @@ class EmulatedEngine:
 
     def _choose(self) -> "list[tuple[_Running, int]]":
         """Requests of the next step and how many tokens of each: decode first; of a pipeline's lanes, one."""
-        budget = self._config.max_num_batched_tokens
+        budget = self._limits.max_num_batched_tokens
         free = [running for running in self._running if not running.in_pipeline]
         most = ceil(len(self._running) / self._num_lanes)
         batch: list[tuple[_Running, int]] = []

@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from hexgen2.batching import Limits
 from hexgen2.config import KvConfig, TlsConfig, VllmEngineConfig
+from hexgen2.engine.admission import Admission
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.vllm_args import Role, engine_args, invalid, sampling_params, served_dtype
 from hexgen2.engine.vllm_env import adopt_logging, is_cpu, prepare
@@ -22,6 +24,8 @@ from hexgen2.model import ModelSpec, load_model
 
 #: How long the engine's processes may take to clean up before they are killed; no request runs any more.
 STOP_TIMEOUT_S = 5.0
+#: Told where vLLM chooses by itself; nothing depends on it.
+MAX_NUM_BATCHED_TOKENS = 8192
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -43,6 +47,10 @@ class VllmEngine:
         self._args = engine_args(config, kv, role, agent_socket, cpu=self._cpu, tls=tls)
         self._llm: Any = None
         self._in_flight = 0
+        # vLLM's own limits are fixed when it starts: lower ones are kept by letting fewer requests in.
+        tokens = self._args.get("max_num_batched_tokens") or MAX_NUM_BATCHED_TOKENS
+        self._most = Limits(config.max_num_seqs, tokens)
+        self._admission = Admission(config.max_num_seqs)
         self._stats = _Stats()
 
     async def start(self) -> None:
@@ -89,7 +97,10 @@ class VllmEngine:
         first = True
         self._in_flight += 1
         try:
-            async with aclosing(self._llm.generate(prompt, params, request.request_id)) as outputs:
+            async with (
+                self._admission.inside(),
+                aclosing(self._llm.generate(prompt, params, request.request_id)) as outputs,
+            ):
                 async for output in outputs:
                     yield _output(output, request.sampling.logprobs, output.num_cached_tokens if first else 0)
                     first = False
@@ -131,6 +142,15 @@ class VllmEngine:
         """Requests running and waiting, the latter with those on their way to the engine."""
         running = min(self._stats.num_running, self._in_flight)
         return running, self._in_flight - running
+
+    @property
+    def bounds(self) -> tuple[Limits, Limits]:
+        """See ``base.Adaptable``. Tokens of a step stay as vLLM was started with."""
+        return Limits(1, self._most.max_num_batched_tokens), self._most
+
+    def limit(self, limits: Limits) -> None:
+        """See ``base.Adaptable``."""
+        self._admission.limit = limits.max_num_seqs
 
     @property
     def kv_cache_usage(self) -> float:

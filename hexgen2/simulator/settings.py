@@ -75,6 +75,8 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
         max_num_batched_tokens=limits.max_num_batched_tokens,
         send_tokens=send,
         staging_tokens=staging,
+        slo_ttft_s=problem.workload.ttft_s,
+        slo_tpot_s=problem.workload.tpot_s,
     )
 
 

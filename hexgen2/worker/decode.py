@@ -139,7 +139,8 @@ class DecodeWorker:
         meter = self._meter
         answer: Answer | None = None
         work: Work = "decode" if request.load_transfer else "whole"
-        meter.began(work, now())
+        last = now()
+        meter.began(work, last)
         with tracer.start_span("decode.engine", record_exception=False, set_status_on_exception=False) as span:
             num_tokens = num_first = 0
             try:
@@ -149,6 +150,10 @@ class DecodeWorker:
                             span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
                             span.add_event("first token")
                             answer, num_first = meter.stepping(now()), len(output.tokens)
+                            meter.pace.first(now() - last)
+                        elif output.tokens:
+                            meter.pace.gap(now() - last, len(output.tokens))
+                        last = now()
                         num_tokens += len(output.tokens)
                         yield output
             except HexgenError as error:

@@ -7,6 +7,7 @@ as a whole, are left out, because no curve foretells them. Times are one clock's
 from dataclasses import dataclass
 from typing import Literal
 
+from hexgen2.batching import Pace
 from hexgen2.calibration import Sample, Term
 
 Work = Literal["prefill", "decode", "whole"]
@@ -31,6 +32,8 @@ class Meter:
     """Of one worker. Each ``began`` is followed by one ``ended``, ``stepped`` at most once between them."""
 
     def __init__(self) -> None:
+        #: What requests see, for whoever adapts the engine's limits to it.
+        self.pace = Pace()
         self._active: dict[Work, int] = {"prefill": 0, "decode": 0, "whole": 0}
         self._last_seen_s: dict[Work, float] = {}
         # Of prefill: since when the engine has been busy with what has not ended, and what ended until then.

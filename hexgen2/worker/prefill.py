@@ -164,13 +164,15 @@ class PrefillWorker:
             send_transfer=send_transfer,
             trace_headers=job.trace_headers,
         )
-        self._meter.began("prefill", now())
+        began = now()
+        self._meter.began("prefill", began)
         try:
             with tracer.start_as_current_span("prefill.engine") as span:
                 span.set_attribute("gen_ai.usage.input_tokens", len(job.prompt_token_ids))
                 async with aclosing(bounded(self._engine.generate(request), job.deadline)) as outputs:
                     async for output in outputs:
                         if output.tokens:
+                            self._meter.pace.first(now() - began)
                             self._meter.prefilled(len(job.prompt_token_ids) - output.cached_tokens, now())
                             span.set_attribute("hexgen2.cached_tokens", output.cached_tokens)
                             finish = first_token_finish(job.sampling, output.finish_reason)

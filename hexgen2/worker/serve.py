@@ -4,6 +4,7 @@ A flexible worker has both: the plan says which phase it is for, and it changes 
 of its former role that are under way end as they would have.
 """
 
+from hexgen2.batching import Targets
 from hexgen2.config import WorkerConfig
 from hexgen2.engine.base import Engine
 from hexgen2.kv.ranks import Ranks
@@ -13,7 +14,8 @@ from hexgen2.rpc.prefill_service import PrefillService
 from hexgen2.rpc.server import GrpcServer
 from hexgen2.security.tls import load_tls
 from hexgen2.v1 import decode_pb2_grpc, prefill_pb2_grpc
-from hexgen2.worker.aio import Gate, now
+from hexgen2.worker.adapting import Adapting
+from hexgen2.worker.aio import Gate, now, owned
 from hexgen2.worker.decode import DecodeWorker
 from hexgen2.worker.loading import Pools
 from hexgen2.worker.meter import Meter
@@ -28,6 +30,7 @@ async def serve(config: WorkerConfig) -> None:
     tls = load_tls(config.tls)
     client = KvClient(tls)
     received, meter = Received(), Meter()
+    adapting = Adapting(Targets(config.slo_ttft_s, config.slo_tpot_s), meter.pace)
     prefill = PrefillService(gate) if config.role != "decode" else None
     decode = DecodeService(gate) if config.role != "prefill" else None
 
@@ -43,10 +46,12 @@ async def serve(config: WorkerConfig) -> None:
             prefill.attach(PrefillWorker(engine, ranks, pools.send, meter), *limits)
         if decode is not None:
             decode.attach(DecodeWorker(engine, ranks, pools.staging, client.fetch, received, meter), *limits)
+        adapting.follow(engine)
 
     try:
-        await run_worker(
-            config, gate, register, attach, tls, lambda quarantine: received.told(now(), quarantine), meter.take
-        )
+        async with owned(adapting.run()):
+            await run_worker(
+                config, gate, register, attach, tls, lambda quarantine: received.told(now(), quarantine), meter.take
+            )
     finally:
         await client.close()

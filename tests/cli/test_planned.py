@@ -95,7 +95,12 @@ def test_an_engine_gets_the_plans_memory_and_limits_unless_told_otherwise(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
     settings = EnginePlan(
-        kv_cache_bytes=123 << 20, max_num_seqs=9, max_num_batched_tokens=99, send_tokens=300, staging_tokens=1000
+        kv_cache_bytes=123 << 20,
+        max_num_seqs=9,
+        max_num_batched_tokens=99,
+        send_tokens=300,
+        staging_tokens=1000,
+        slo_tpot_s=0.5,
     )
     replica = planned_replica("d", "decode", stage("cpu", 1, 0, 4)).model_copy(update={"engine": settings})
     plan = write(tmp_path, placement(replica))
@@ -113,6 +118,7 @@ def test_an_engine_gets_the_plans_memory_and_limits_unless_told_otherwise(
     # Pages of 128 tokens, 4 layers of 2 heads of 32 in float32, keys and values.
     page = 128 * 4 * 2 * 32 * 4 * 2
     assert (worker.kv.send_bytes, worker.kv.staging_bytes) == (3 * page, 8 * page)
+    assert (worker.slo_ttft_s, worker.slo_tpot_s) == (None, 0.5)
     own = made({"staging_bytes": 1 << 20}, max_num_seqs=5)
     assert own.engine.max_num_seqs == 5
     assert own.kv.staging_bytes == 1 << 20

@@ -165,6 +165,8 @@ def test_required_tls_is_tls_or_an_error(authority: Authority) -> None:
 def test_a_worker_that_is_to_have_rdma_does_not_start_on_tcp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choose, "rdma_devices", list)
     monkeypatch.setattr(choose, "network_interfaces", lambda: ["eth0", "lo"])
+    # Set by whichever test used UCX before.
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
     config = WorkerConfig(role="prefill", engine=EmulatedEngineConfig(), kv=KvConfig(require="rdma"))
     with pytest.raises(ConfigError) as caught:
         make_engine(config, tmp_path / "kv.sock")
