@@ -10,6 +10,7 @@ from hexgen2.cli.fleet_config import DEFAULT_MODEL_NAME
 from hexgen2.config import GatewayConfig, KvConfig, VllmEngineConfig, WorkerConfig
 from hexgen2.deploy import observability
 from hexgen2.deploy.compose import HOME, Deployment, Worker, compose, metrics_targets, to_yaml
+from hexgen2.deploy.pools import catalog_model, planned_pools
 from hexgen2.deploy.replicas import planned_engine, planned_environment
 from hexgen2.devices import Machine, here, shares
 from hexgen2.errors import ConfigError
@@ -152,17 +153,16 @@ def planned_deployment(
     found = shares(placement, machine)
     folder = Path(HOME) / "models" / (model or placement.model)
     num_layers = sum(stage.num_layers for stage in placement.replicas[0].stages)
+    known = catalog_model(placement.model)
     workers = []
     for replica in placement.replicas:
         share = found[replica.id]
         environment = planned_environment(replica, ())
-        config = WorkerConfig(
-            role="flexible",
-            replica_id=replica.id,
-            engine=planned_engine(VllmEngineConfig(model=folder), replica, num_layers, file),
-            # All on one machine, and so by CUDA IPC, whatever the workers are called.
-            kv=KvConfig(transport="ucx") if share.gpus else KvConfig(),
-        )
+        engine = planned_engine(VllmEngineConfig(model=folder), replica, num_layers, file)
+        # All on one machine, and so by CUDA IPC, whatever the workers are called.
+        kv = KvConfig(transport="ucx") if share.gpus else KvConfig()
+        kv = kv if known is None else planned_pools(kv, engine, replica, known)
+        config = WorkerConfig(role="flexible", replica_id=replica.id, engine=engine, kv=kv)
         peers = {each.prefill for each in placement.routes if each.decode == replica.id}
         peers |= {each.decode for each in placement.routes if each.prefill == replica.id}
         peer_gpus = tuple(gpu for peer in sorted(peers) for gpu in found[peer].gpus)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from hexgen2.address import format_address, parse_address
 from hexgen2.cli.fleet_config import FleetConfig, default_model
-from hexgen2.cli.planned_pools import planned_pools
 from hexgen2.config import (
     Config,
     CoordinatorConfig,
@@ -17,6 +16,7 @@ from hexgen2.config import (
     VllmEngineConfig,
     WorkerConfig,
 )
+from hexgen2.deploy.pools import planned_pools
 from hexgen2.deploy.replicas import planned_engine, planned_environment
 from hexgen2.devices import Share, here, shares
 from hexgen2.model import load_model

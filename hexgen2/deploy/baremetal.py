@@ -21,6 +21,7 @@ from hexgen2.config import (
     TlsConfig,
     WorkerConfig,
 )
+from hexgen2.deploy.pools import catalog_model, planned_pools
 from hexgen2.deploy.replicas import planned_engine, planned_environment
 from hexgen2.devices import Machine, Share, missing, shares
 from hexgen2.errors import ConfigError
@@ -245,6 +246,7 @@ def _worker(
     file: str,
 ) -> Process:
     ports = inventory.ports
+    engine = _engine(inventory, replica, split, 0, file)
     config = WorkerConfig(
         role="flexible",
         replica_id=replica.id,
@@ -252,8 +254,8 @@ def _worker(
         # The coordinator's metrics are on the first port.
         metrics_listen=format_address(host.address, ports.metrics + 1 + number),
         coordinator=_address(inventory),
-        engine=_engine(inventory, replica, split, 0, file),
-        kv=_kv(inventory, host, placement, replica),
+        engine=engine,
+        kv=_kv(inventory, host, placement, replica, engine),
         nodes_listen=split.leader if split is not None else "",
         tls=_tls(inventory, Caller.WORKER),
         drain_s=inventory.drain_s,
@@ -282,12 +284,13 @@ def _node(
     rank: int,
     file: str,
 ) -> Process:
+    engine = _engine(inventory, replica, split, rank, file)
     config = NodeConfig.model_validate(
         {
             "replica_id": replica.id,
             "leader": split.leader,
-            "engine": _engine(inventory, replica, split, rank, file),
-            "kv": _kv(inventory, host, placement, replica),
+            "engine": engine,
+            "kv": _kv(inventory, host, placement, replica, engine),
             "tls": _tls(inventory, Caller.WORKER),
         }
     )
@@ -305,11 +308,16 @@ def _node(
     )
 
 
-def _kv(inventory: Inventory, host: Host, placement: Placement, replica: ReplicaPlan) -> KvConfig:
+def _kv(inventory: Inventory, host: Host, placement: Placement, replica: ReplicaPlan, engine: EngineConfig) -> KvConfig:
     # On one host KV need not leave it; elsewhere ``auto`` takes RDMA where there is some, and TCP.
     kv_host = (host.kv_host or host.address) if len(placement.machines) > 1 else "127.0.0.1"
     rdma = {"require": "rdma"} if placement.needs_rdma(replica.id) else {}
-    return inventory.kv.model_copy(update={"host": kv_host, **rdma})
+    kv = inventory.kv.model_copy(update={"host": kv_host, **rdma})
+    model = catalog_model(placement.model)
+    if model is None and not isinstance(engine, EmulatedEngineConfig):
+        # Of a model that is nowhere here; its hand-over has the usual memory.
+        return kv
+    return planned_pools(kv, engine, replica, model)
 
 
 def _environment(host: Host, replica: ReplicaPlan, share: Share, split: Split | None) -> dict[str, str]:

@@ -186,6 +186,22 @@ def test_a_replica_larger_than_a_machine_has_a_worker_on_the_first_and_nodes_on_
     assert told["hexgen2_processes"][0]["leader"] == {"host": "b", "unit": "hexgen2-worker-big.service"}
 
 
+def test_the_hand_over_has_the_memory_that_was_planned(tmp_path: Path) -> None:
+    sized = plan().model_dump()
+    engine = {"kv_cache_bytes": 1 << 30, "max_num_seqs": 24, "max_num_batched_tokens": 2048}
+    for replica in sized["replicas"]:
+        replica["engine"] = engine | {"send_tokens": 4096, "staging_tokens": 8192}
+    hosts = processes(inventory_of(tmp_path), Placement.model_validate(sized), "inventory.yaml")
+    p1, d0 = (each.config for each in hosts["b"])
+    assert isinstance(p1, WorkerConfig)
+    assert isinstance(d0, WorkerConfig)
+    # Llama-2-13B in bfloat16: 2 * 40 layers * 40 heads * 128 * 2 bytes per token; and half of it on each of two ranks.
+    assert p1.kv.send_bytes == 4096 * 819_200
+    assert d0.kv.staging_bytes == 8192 * 819_200 // 2
+    assert isinstance(d0.engine, VllmEngineConfig)
+    assert d0.engine.kv_cache_bytes == 1 << 30
+
+
 @pytest.mark.parametrize(
     ("stages", "problem"),
     [
