@@ -24,7 +24,7 @@ from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.members import COORDINATOR, GATEWAY, Addresses, members
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.config import TlsConfig
-from hexgen2.errors import HexgenError
+from hexgen2.errors import ConfigError, HexgenError
 from hexgen2.plan import Plan, ReplicaState
 from hexgen2.rpc.client import channel
 from hexgen2.rpc.health import serves
@@ -32,6 +32,8 @@ from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
 from hexgen2.security.tls import load_tls
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 
+#: Of the page, where it is free.
+PAGE_PORT = 8001
 #: How often a fleet that starts is looked at.
 LOOK_S = 0.2
 #: One look at one process.
@@ -63,7 +65,8 @@ class Fleet:
                 for _ in range(config.gateways - 1)
             )
             coordinator = _choose_port(config.coordinator, "coordinator", held)
-        self.addresses = Addresses(coordinator, grpc_address, http_address, more)
+            page = _page_port(config.page_listen, config.coordinator, held)
+        self.addresses = Addresses(coordinator, grpc_address, http_address, more, page)
         # Cores of the replicas that are held to a share, by name; the groups last as long as the processes.
         self._cores: dict[str, float] = {}
         self._quotas = ExitStack()
@@ -94,6 +97,11 @@ class Fleet:
     def http_url(self) -> str:
         """Of the OpenAI-compatible API, without ``/v1``."""
         return f"{'https' if self.config.tls else 'http'}://{self.http_address}"
+
+    @property
+    def page_url(self) -> str:
+        """Of the page that shows the fleet."""
+        return f"http://{self.addresses.page}/"
 
     @property
     def processes(self) -> tuple[ServiceProcess, ...]:
@@ -231,6 +239,19 @@ def _choose_port(listen: str, what: str, held: ExitStack) -> str:
         check_free(listen, what=what)
         return listen
     return _any_port(listen, held)
+
+
+def _page_port(listen: str, coordinator: str, held: ExitStack) -> str:
+    """As configured; else the usual port beside a coordinator that has one, where it is free, or any."""
+    if listen:
+        return _choose_port(listen, "page_listen", held)
+    host, port = parse_address(coordinator)
+    if not port:
+        return _any_port(coordinator, held)
+    try:
+        return _choose_port(format_address(host, PAGE_PORT), "page_listen", held)
+    except ConfigError:
+        return _any_port(coordinator, held)
 
 
 def _any_port(listen: str, held: ExitStack) -> str:

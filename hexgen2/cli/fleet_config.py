@@ -32,6 +32,9 @@ class FleetConfig(Config):
     listen: str = Field("127.0.0.1:50051", description="host:port of the gateway's gRPC service")
     http_listen: str = Field("127.0.0.1:8000", description="host:port of the OpenAI-compatible HTTP API")
     coordinator: str = Field("127.0.0.1:50052", description="host:port of the coordinator")
+    page_listen: str = Field(
+        "", description="host:port of the page that shows the fleet; default: port 8001, any other where that is taken"
+    )
     tokenizer: Path | None = Field(None, description="folder with tokenizer.json; default: the model's")
     served_model_name: str = Field("", description="what clients call the model; default: its folder's name")
     engine: EngineConfig

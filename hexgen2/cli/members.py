@@ -44,6 +44,7 @@ class Addresses:
     grpc: str
     http: str
     more: tuple[tuple[str, str], ...] = ()
+    page: str = ""
 
 
 def members(config: FleetConfig, addresses: Addresses, run_dir: Path) -> list[Member]:
@@ -57,6 +58,7 @@ def members(config: FleetConfig, addresses: Addresses, run_dir: Path) -> list[Me
     placement = load_placement(config.plan) if config.plan is not None else None
     coordinator = CoordinatorConfig(
         listen=addresses.coordinator,
+        page_listen=addresses.page,
         codec=config.codec,
         plan=config.plan.absolute() if config.plan is not None else None,
         replan=config.replan and config.plan is not None,

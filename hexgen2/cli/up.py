@@ -151,6 +151,7 @@ async def _tell(fleet: Fleet, console: Console) -> None:
         ("metrics", f"{fleet.http_url}/metrics"),
         ("gRPC", f"{fleet.grpc_address}  hexgen2.v1.Gateway/Generate"),
         *(("another gateway", f"{grpc}, http://{http}/v1") for grpc, http in fleet.addresses.more),
+        ("page", f"{fleet.page_url}  (what it does, to look at)"),
         ("coordinator", fleet.coordinator_address),
         *((each.replica_id, f"{each.address}  {each.model}, KV by {each.transport}") for each in plan.replicas),
         *((f"{each.replica_id} metrics", f"http://{each.metrics_address}/metrics") for each in plan.replicas),

@@ -13,10 +13,12 @@ from hexgen2.coordinator.assignment import Assignment, all_routes, routes_among
 from hexgen2.coordinator.replica_check import check_replica, compatible
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch
 from hexgen2.kv.codecs import NONE
-from hexgen2.plan import Load, Plan, Replica, ReplicaState, ReplicaStatus, Role, Route
+from hexgen2.plan import Load, Plan, PlanChange, Replica, ReplicaState, ReplicaStatus, Role, Route
 
 #: A lost replica stays listed for so long, so that people see it.
 FORGET_AFTER_S = 60.0
+#: Changes of the plan that are remembered.
+MAX_CHANGES = 20
 #: Incarnations of one replica that are remembered as replaced.
 MAX_REPLACED = 8
 
@@ -78,6 +80,10 @@ class FleetState:
         self.plan = Plan(epoch)
         #: As in a snapshot; the caller's to set, told back in snapshots.
         self.applied = self.configured = ""
+        #: Its last changes by who came, went or changed roles, oldest first. Who applies a plan tells why elsewhere.
+        self.changes: tuple[PlanChange, ...] = ()
+        # What has happened since.
+        self._happened: list[str] = []
         self._assignment = assignment
         self._version = version
         self._lost_after_s = lost_after_s
@@ -118,7 +124,10 @@ class FleetState:
             status = ReplicaStatus(key, snapshot.states.get(key, ReplicaState.LOST), Load())
             self._members[key] = Member(replica, status, now_s, snapshot.role_epochs.get(key, 0))
         before = self._content(self.plan)
-        return Change.NOTHING if self._content(self._next_plan("")) == before else Change.MEMBERS
+        if self._content(self._next_plan("")) == before:
+            return Change.NOTHING
+        self._happened.append("the coordinator was started with another plan")
+        return Change.MEMBERS
 
     def report(self, replica: Replica, state: ReplicaState, load: Load, now_s: float) -> Change:
         """Take a worker's report.
@@ -144,10 +153,11 @@ class FleetState:
         same_role = before is not None and before.replica.role is replica.role
         epoch = before.role_epoch if before is not None and same_role else self.plan.epoch + 1
         self._members[replica.replica_id] = Member(replica, status, now_s, epoch)
-        if before is None or before.lost or before.replica != replica:
+        if before is None:
+            self._happened.append(f"{replica.replica_id} registered as {replica.role}")
             return Change.MEMBERS
-        if before.status.state is ReplicaState.DRAINING and state is not ReplicaState.DRAINING:
-            # It joins again: routes that it was denied meanwhile are due.
+        if joined := _joined(before, replica, state):
+            self._happened.append(f"{replica.replica_id} {joined}")
             return Change.MEMBERS
         if before.status.state is not state:
             return Change.STATE
@@ -160,10 +170,12 @@ class FleetState:
             silent_s = now_s - member.seen_s
             if member.lost and silent_s >= self._forget_after_s:
                 self._forget(key)
+                self._happened.append(f"{key} has been lost for {silent_s:.0f} s and is forgotten")
                 change = Change.MEMBERS
             elif not member.lost and silent_s >= self._lost_after_s:
                 status = replace(member.status, state=ReplicaState.LOST, load=Load())
                 self._members[key] = replace(member, status=status)
+                self._happened.append(f"{key} is lost: nothing heard for {silent_s:.0f} s")
                 change = Change.MEMBERS
         return change
 
@@ -180,12 +192,16 @@ class FleetState:
             key: member if member.lost else replace(member, seen_s=now_s) for key, member in self._members.items()
         }
 
-    def replan(self, traceparent: str = "") -> Plan:
-        """Make the plan of the members as they are now, one epoch later.
+    def replan(self, traceparent: str = "", unix_s: float = 0.0) -> Plan:
+        """Make the plan of the members as they are now, one epoch later, which is remembered with what happened.
 
         Lost replicas stay listed, so that people see them, but have no routes; draining ones get no new routes.
         """
         self.plan = self._next_plan(traceparent)
+        if self._happened:
+            change = PlanChange(unix_s, self.plan.epoch, "members", "; ".join(self._happened))
+            self.changes = (*self.changes, change)[-MAX_CHANGES:]
+            self._happened.clear()
         return self.plan
 
     def assign(self, assignment: Assignment | None) -> None:
@@ -209,6 +225,7 @@ class FleetState:
             raise
         for key, member in self._members.items():
             if roles[key] is not member.replica.role:
+                self._happened.append(f"{key} changes from {member.replica.role} to {roles[key]}")
                 replica = replace(member.replica, role=roles[key])
                 self._members[key] = replace(member, replica=replica, role_epoch=self.plan.epoch + 1)
 
@@ -266,6 +283,7 @@ class FleetState:
         if before is None or before.replica.incarnation != replica.incarnation:
             return Change.NOTHING
         self._forget(replica.replica_id)
+        self._happened.append(f"{replica.replica_id} has stopped")
         return Change.MEMBERS
 
     def _forget(self, replica_id: str) -> None:
@@ -312,6 +330,22 @@ class FleetState:
                     f"{other.model} ({other.model_sha256.hex()[:12]}, {other.replica_id!r}): start it with the same "
                     f"model folder and dtype, or stop the others first"
                 )
+
+
+def _joined(before: Member, replica: Replica, state: ReplicaState) -> str:
+    """What happened, when a report means that the plan is another; else empty."""
+    if before.lost:
+        return "is back"
+    if before.replica.incarnation != replica.incarnation:
+        return "was started anew"
+    if before.replica.role is not replica.role:
+        return f"changes from {before.replica.role} to {replica.role}"
+    if before.replica != replica:
+        return "has loaded its model" if not before.replica.model_sha256 else "says other things of itself"
+    if before.status.state is ReplicaState.DRAINING and state is not ReplicaState.DRAINING:
+        # Routes that it was denied meanwhile are due.
+        return "joins again"
+    return ""
 
 
 def _stands_in(able: Role, planned: Role) -> bool:

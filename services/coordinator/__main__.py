@@ -15,6 +15,7 @@ from hexgen2.cluster_file import find_cluster
 from hexgen2.config import CoordinatorConfig, home
 from hexgen2.coordinator.assignment import assignment_of
 from hexgen2.coordinator.outlook import TOLD, Outlook
+from hexgen2.coordinator.page.site import page_served
 from hexgen2.coordinator.state import Change, FleetState
 from hexgen2.coordinator.store import FleetStore
 from hexgen2.errors import ConfigError
@@ -61,7 +62,7 @@ async def serve(config: CoordinatorConfig) -> None:
         )
         state.applied, state.configured = applied, configured
         if snapshot is not None and state.restore(snapshot, time.monotonic()) is Change.MEMBERS:
-            state.replan()
+            state.replan(unix_s=time.time())
         await save(state.snapshot)
         log.info("state", file=str(path or ""), restored=snapshot is not None, replicas=len(state.plan.replicas))
         outlook = Outlook(config.replanning.bucket_s, config.replanning.horizon_s, changes)
@@ -80,10 +81,11 @@ async def serve(config: CoordinatorConfig) -> None:
         # Outside the task group, which would wrap its error.
         address = await server.start()
         stack.push_async_callback(server.stop, 0.0)
+        page_address = await stack.enter_async_context(page_served(config.page_listen, service.fleet))
 
         async def start() -> None:
             await server.set_serving(True)
-            log.info("ready", address=address, metrics=metrics_address, plan_epoch=state.plan.epoch)
+            log.info("ready", address=address, metrics=metrics_address, page=page_address, plan_epoch=state.plan.epoch)
 
         async def drain() -> None:
             await server.set_serving(False)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import structlog
@@ -13,6 +14,7 @@ from hexgen2.calibration import Sample
 from hexgen2.coordinator.assignment import assignment_of
 from hexgen2.coordinator.gateway_loads import GatewayLoads
 from hexgen2.coordinator.outlook import Outlook
+from hexgen2.coordinator.page.view import Fleet
 from hexgen2.coordinator.promises import Promises
 from hexgen2.coordinator.state import Change, FleetState, Snapshot
 from hexgen2.errors import InvalidRequest, ReplicaConflict, ReplicaMismatch, Unavailable
@@ -37,6 +39,13 @@ UNTRACED = frozenset({f"/{SERVICE}/Report", f"/{SERVICE}/WatchPlan"})
 
 Save = Callable[[Snapshot], Awaitable[None]]
 Record = Callable[[PlanChange], Awaitable[None]]
+
+
+@lru_cache(maxsize=2)
+def placement_of(plan_json: str) -> Placement | None:
+    """The plan.yaml that is in force, read once."""
+    return from_json(plan_json) if plan_json else None
+
 
 log = structlog.get_logger(__name__)
 
@@ -138,8 +147,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     @property
     def placement(self) -> Placement | None:
         """The plan.yaml in force; None when nobody planned."""
-        text = self._state.applied or self._state.configured
-        return from_json(text) if text else None
+        return placement_of(self._state.applied or self._state.configured)
 
     @property
     def configured(self) -> Placement | None:
@@ -220,6 +228,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                     log.warning("replica", replica=status.replica_id, state="lost")
             await self._follow(change)
 
+    def fleet(self) -> Fleet:
+        """What the page shows."""
+        return Fleet(
+            unix_s=self._wall_clock(),
+            plan=self._plan,
+            statuses={status.replica_id: status for status in self._state.statuses},
+            gateways=self._gateways.current(self._clock()),
+            placement=placement_of(self._state.applied or self._state.configured),
+            changes=(*self._outlook.changes, *self._state.changes),
+        )
+
     def close(self) -> None:
         """End every watch; those who watch come again, to the next coordinator."""
         self._closed = True
@@ -230,7 +249,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             return
         if change is Change.MEMBERS:
             with trace.get_tracer("hexgen2").start_as_current_span("coordinator.plan") as span:
-                plan = self._state.replan(traceparent())
+                plan = self._state.replan(traceparent(), self._wall_clock())
                 span.set_attribute("hexgen2.plan.epoch", plan.epoch)
                 span.set_attribute("hexgen2.plan.replicas", [each.replica_id for each in plan.replicas])
                 span.set_attribute("hexgen2.plan.routes", len(plan.routes))
