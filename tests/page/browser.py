@@ -1,6 +1,7 @@
 """Headless Chromium, spoken to over a pipe in its DevTools protocol: what a page looks like to who opens it."""
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -113,14 +114,24 @@ def browser(folder: Path) -> Iterator[Browser]:
         *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe"),
         f"--user-data-dir={folder}",
     )
-    # The protocol is on descriptors 3 and 4.
-    command = ["/bin/sh", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "sh", CHROMIUM, *flags]
+    # The protocol is on descriptors 3 and 4, so these are others.
+    ours = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (to_read[0], to_write[1])]
+
+    def arrange() -> None:
+        os.dup2(ours[0], 3)
+        os.dup2(ours[1], 4)
+
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(
-            command, pass_fds=(to_read[0], to_write[1]), stdout=log, stderr=log, env={**os.environ, "HOME": str(folder)}
+            [CHROMIUM, *flags],
+            pass_fds=(3, 4),
+            preexec_fn=arrange,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "HOME": str(folder)},
         )
-    os.close(to_read[0])
-    os.close(to_write[1])
+    for each in (*ours, to_read[0], to_write[1]):
+        os.close(each)
     try:
         yield Browser(to_write[0], to_read[1])
     finally:
