@@ -15,7 +15,10 @@ from tests.models import make_tiny_llama
 from tests.page.browser import CHROMIUM, Browser, browser
 from tests.placements import mixed, write
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (apt-get install chromium)"),
+]
 
 LIVE = "document.body.classList.contains('scripted') && document.getElementById('live').textContent.startsWith('live')"
 
