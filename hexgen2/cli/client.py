@@ -65,6 +65,17 @@ async def apply_plan(address: str, plan_json: str, timeout_s: float, access: Acc
             raise _explain(error, address) from error
 
 
+async def preempt(address: str, replica_id: str, grace_s: float, timeout_s: float, access: Access = ANONYMOUS) -> None:
+    """Tell the coordinator that a replica's machine goes. Raises HexgenError."""
+    async with channel(address, access.tls) as peer:
+        stub: coordinator_pb2_grpc.CoordinatorAsyncStub = coordinator_pb2_grpc.CoordinatorStub(peer)
+        try:
+            request = coordinator_pb2.PreemptRequest(replica_id=replica_id, grace_s=grace_s)
+            await stub.Preempt(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _explain(error, address) from error
+
+
 def _explain(error: grpc.aio.AioRpcError, address: str) -> HexgenError:
     details = error.details() or ""
     if error.code() == grpc.StatusCode.UNAVAILABLE and "failed to connect" in details.lower():

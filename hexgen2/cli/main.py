@@ -17,7 +17,7 @@ from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
 from hexgen2.cli import why_slow
 from hexgen2.cli.certs import certs_command
-from hexgen2.cli.client import Access, apply_plan
+from hexgen2.cli.client import Access, apply_plan, preempt
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
 from hexgen2.cli.keys import keys_command
@@ -174,6 +174,21 @@ def apply(plan: Path, coordinator: str, timeout: float, tls: Path | None, as_jso
     text = to_json(load_placement(plan))
     epoch = asyncio.run(apply_plan(coordinator, text, timeout, access(tls)))
     click.echo(json.dumps({"plan_epoch": epoch}) if as_json else f"plan epoch {epoch} is in force")
+
+
+@main.command("preempt")
+@click.argument("replica")
+@click.option("--grace", "grace_s", default=30.0, show_default=True, help="Seconds until its machine goes.")
+@click.option("--coordinator", default="127.0.0.1:50052", show_default=True, help="The coordinator's host:port.")
+@timeout(5.0)
+@tls
+def preempt_command(replica: str, grace_s: float, coordinator: str, timeout: float, tls: Path | None) -> None:
+    """Say that the machine of REPLICA goes: it takes nothing new, what runs ends there or goes on elsewhere.
+
+    A worker that gets SIGTERM does the same by itself, within its drain_s.
+    """
+    asyncio.run(preempt(coordinator, replica, grace_s, timeout, access(tls)))
+    click.echo(f"{replica} drains and ends within {grace_s:g} s")
 
 
 @main.command()

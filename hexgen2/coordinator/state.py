@@ -8,6 +8,7 @@ without one every prefill hands over to every decode replica. Times are seconds 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from math import inf
 
 from hexgen2.coordinator.assignment import Assignment, all_routes, routes_among
 from hexgen2.coordinator.replica_check import check_replica, compatible
@@ -90,6 +91,8 @@ class FleetState:
         self._codec = codec
         self._forget_after_s = max(forget_after_s, lost_after_s)
         self._members: dict[str, Member] = {}
+        # Who was told to leave: its incarnation, and when its machine goes.
+        self._leaving: dict[str, tuple[str, float]] = {}
         # Incarnations that another one of the same id has taken the place of, newest last.
         self._replaced: dict[str, tuple[str, ...]] = {}
 
@@ -149,6 +152,9 @@ class FleetState:
         if before is not None and before.replica.incarnation != replica.incarnation:
             replaced = (*self._replaced.get(replica.replica_id, ()), before.replica.incarnation)
             self._replaced[replica.replica_id] = replaced[-MAX_REPLACED:]
+        if self.leave_within_s(replica.replica_id, now_s, replica.incarnation) is not None:
+            # It may not have heard of it yet.
+            state = ReplicaState.DRAINING
         status = ReplicaStatus(replica.replica_id, state, load)
         same_role = before is not None and before.replica.role is replica.role
         epoch = before.role_epoch if before is not None and same_role else self.plan.epoch + 1
@@ -162,6 +168,30 @@ class FleetState:
         if before.status.state is not state:
             return Change.STATE
         return Change.LOAD if before.status.load != load else Change.NOTHING
+
+    def preempt(self, replica_id: str, grace_s: float, now_s: float) -> Change:
+        """The machine of a replica goes in ``grace_s``: it drains from now on.
+
+        Raises:
+            InvalidRequest: nobody of that id is here, or there is no time.
+        """
+        member = self._members.get(replica_id)
+        if member is None or member.lost:
+            here = ", ".join(key for key in sorted(self._members) if not self._members[key].lost)
+            raise InvalidRequest("replica_id", f"{replica_id[:80]!r} is not here; there are: {here or 'none'}")
+        if not 0 < grace_s < inf:
+            raise InvalidRequest("grace_s", f"{grace_s:g} is not a time greater than 0")
+        self._leaving[replica_id] = member.replica.incarnation, now_s + grace_s
+        status = replace(member.status, state=ReplicaState.DRAINING)
+        self._members[replica_id] = replace(member, status=status)
+        return Change.STATE
+
+    def leave_within_s(self, replica_id: str, now_s: float, incarnation: str = "") -> float | None:
+        """How long a replica that was told to leave has; None for all others, also for one that was started anew."""
+        member = self._members.get(replica_id)
+        leaving, until_s = self._leaving.get(replica_id, ("", 0.0))
+        now_there = incarnation or (member.replica.incarnation if member is not None else "")
+        return max(0.0, until_s - now_s) if leaving and leaving == now_there else None
 
     def expire(self, now_s: float) -> Change:
         """Mark who has been silent for too long as lost, and forget who has been lost for long."""
@@ -289,6 +319,7 @@ class FleetState:
     def _forget(self, replica_id: str) -> None:
         del self._members[replica_id]
         self._replaced.pop(replica_id, None)
+        self._leaving.pop(replica_id, None)
 
     def _check_conflict(self, replica: Replica) -> None:
         for member in self._members.values():

@@ -134,7 +134,8 @@ class Dispatch:
             if tried.way is Way.COLOCATED or failure.side is Side.PREFILL:
                 found = self._on_decode(frozenset())
             else:
-                found = self._on_decode(_ids(tried.decode)) or self._route(sampling, frozenset())
+                found = self._on_decode(_ids(tried.decode) | self._suspects()) or self._on_decode(_ids(tried.decode))
+                found = found or self._route(sampling, _ids(tried.prefill)) or self._route(sampling, frozenset())
         if found is None:
             raise for_client(failure.error)
         return found
@@ -185,8 +186,9 @@ class Dispatch:
         if side is Side.DECODE and kv_was_there:
             ladder = [decode | suspects, decode]
         else:
-            # What prefill's call reports is prefill's failure; what decode's reports may be either's.
-            ladder = [prefill] if side is Side.PREFILL else [decode, prefill]
+            # What prefill's call reports is prefill's failure; what decode's reports may be either's, and a decode
+            # replica that may be gone is the last resort.
+            ladder = [prefill] if side is Side.PREFILL else [decode, prefill | suspects]
             ladder = [prefill | decode | suspects, prefill | decode, *ladder]
         return next((found for exclude in ladder if (found := self._route(sampling, exclude))), None)
 

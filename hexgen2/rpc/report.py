@@ -41,7 +41,8 @@ class Reporter:
 
     ``replica`` may be replaced (a worker learns its model while it starts). ``load`` is called for each report, and
     ``on_role`` with each new role that the plan gives a flexible replica and the first epoch of that role. ``samples``
-    is what was measured since it was last called; what a report that fails carried is lost.
+    is what was measured since it was last called; what a report that fails carried is lost. ``on_leave`` is told in
+    how many seconds the machine goes, while the worker is READY.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class Reporter:
         tls: TlsFiles | None = None,
         on_role: Callable[[Role, int], None] = lambda role, epoch: None,
         samples: Callable[[], tuple[Sample, ...]] = tuple,
+        on_leave: Callable[[float], None] = lambda within_s: None,
     ) -> None:
         self.replica = replica
         #: Why it stopped.
         self.reason = ""
         self._on_role = on_role
+        self._on_leave = on_leave
         self._samples = samples
         self._address = coordinator_address
         self._tls = tls
@@ -97,6 +100,8 @@ class Reporter:
                     response = await stub.Report(request, timeout=REPORT_TIMEOUT_S, wait_for_ready=last)
                     self._note(None, response.plan_epoch)
                     self._take_role(response)
+                    if response.HasField("leave_within_s") and self._state is ReplicaState.READY:
+                        self._on_leave(response.leave_within_s)
                 except grpc.aio.AioRpcError as error:
                     self._note(_reason(to_error(error)))
                 if last:

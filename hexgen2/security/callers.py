@@ -37,6 +37,7 @@ _MAY_CALL = {
     "/hexgen2.v1.Coordinator/Report": frozenset({Caller.WORKER}),
     "/hexgen2.v1.Coordinator/ReportGateway": frozenset({Caller.GATEWAY}),
     "/hexgen2.v1.Coordinator/ApplyPlan": frozenset({Caller.ADMIN}),
+    "/hexgen2.v1.Coordinator/Preempt": frozenset({Caller.ADMIN}),
     "/hexgen2.v1.Coordinator/GetPlan": _SEES,
     "/hexgen2.v1.Coordinator/WatchPlan": _SEES,
 }

@@ -25,41 +25,45 @@ _sym_db = _symbol_database.Default()
 from hexgen2.v1 import types_pb2 as hexgen2_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chexgen2/v1/coordinator.proto\x12\nhexgen2.v1\x1a\x16hexgen2/v1/types.proto\"%\n\x10\x41pplyPlanRequest\x12\x11\n\tplan_json\x18\x01 \x01(\t\"\'\n\x11\x41pplyPlanResponse\x12\x12\n\nplan_epoch\x18\x01 \x01(\x04\"\xc8\x01\n\rReportRequest\x12$\n\x07replica\x18\x01 \x01(\x0b\x32\x13.hexgen2.v1.Replica\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.hexgen2.v1.ReplicaState\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.hexgen2.v1.Load\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bunix_time_s\x18\x05 \x01(\x01\x12#\n\x07samples\x18\x06 \x03(\x0b\x32\x12.hexgen2.v1.Sample\"n\n\x06Sample\x12\x1e\n\x04term\x18\x01 \x01(\x0e\x32\x10.hexgen2.v1.Term\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\x01\x12\x14\n\x0cpeer_address\x18\x05 \x01(\t\"c\n\tTermRatio\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x1e\n\x04term\x18\x02 \x01(\x0e\x32\x10.hexgen2.v1.Term\x12\r\n\x05ratio\x18\x03 \x01(\x01\x12\x13\n\x0bnum_samples\x18\x04 \x01(\r\"N\n\x0b\x43\x61libration\x12%\n\x06ratios\x18\x01 \x03(\x0b\x32\x15.hexgen2.v1.TermRatio\x12\x0b\n\x03off\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\"X\n\x0eReportResponse\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.hexgen2.v1.Role\x12\x12\n\nplan_epoch\x18\x02 \x01(\x04\x12\x12\n\nrole_epoch\x18\x03 \x01(\x04\"@\n\x14ReportGatewayRequest\x12(\n\x07gateway\x18\x01 \x01(\x0b\x32\x17.hexgen2.v1.GatewayLoad\"g\n\x15ReportGatewayResponse\x12\x17\n\nslo_ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nslo_tpot_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_slo_ttft_sB\r\n\x0b_slo_tpot_s\"\x12\n\x10WatchPlanRequest\"\x8b\x01\n\x11WatchPlanResponse\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.hexgen2.v1.Plan\x12+\n\x08statuses\x18\x02 \x03(\x0b\x32\x19.hexgen2.v1.ReplicaStatus\x12)\n\x08gateways\x18\x03 \x03(\x0b\x32\x17.hexgen2.v1.GatewayLoad\"\x10\n\x0eGetPlanRequest\"\x9c\x02\n\x0fGetPlanResponse\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.hexgen2.v1.Plan\x12+\n\x08statuses\x18\x02 \x03(\x0b\x32\x19.hexgen2.v1.ReplicaStatus\x12)\n\x08gateways\x18\x03 \x03(\x0b\x32\x17.hexgen2.v1.GatewayLoad\x12\'\n\x07\x63hanges\x18\x06 \x03(\x0b\x32\x16.hexgen2.v1.PlanChange\x12\'\n\tforecasts\x18\x07 \x03(\x0b\x32\x14.hexgen2.v1.Forecast\x12\x11\n\tplan_json\x18\x04 \x01(\t\x12,\n\x0b\x63\x61libration\x18\x05 \x01(\x0b\x32\x17.hexgen2.v1.Calibration*R\n\x04Term\x12\x14\n\x10TERM_UNSPECIFIED\x10\x00\x12\x10\n\x0cTERM_PREFILL\x10\x01\x12\x0f\n\x0bTERM_DECODE\x10\x02\x12\x11\n\rTERM_TRANSFER\x10\x03\x32\xfe\x02\n\x0b\x43oordinator\x12?\n\x06Report\x12\x19.hexgen2.v1.ReportRequest\x1a\x1a.hexgen2.v1.ReportResponse\x12T\n\rReportGateway\x12 .hexgen2.v1.ReportGatewayRequest\x1a!.hexgen2.v1.ReportGatewayResponse\x12J\n\tWatchPlan\x12\x1c.hexgen2.v1.WatchPlanRequest\x1a\x1d.hexgen2.v1.WatchPlanResponse0\x01\x12\x42\n\x07GetPlan\x12\x1a.hexgen2.v1.GetPlanRequest\x1a\x1b.hexgen2.v1.GetPlanResponse\x12H\n\tApplyPlan\x12\x1c.hexgen2.v1.ApplyPlanRequest\x1a\x1d.hexgen2.v1.ApplyPlanResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chexgen2/v1/coordinator.proto\x12\nhexgen2.v1\x1a\x16hexgen2/v1/types.proto\"5\n\x0ePreemptRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07grace_s\x18\x02 \x01(\x01\"%\n\x0fPreemptResponse\x12\x12\n\nplan_epoch\x18\x01 \x01(\x04\"%\n\x10\x41pplyPlanRequest\x12\x11\n\tplan_json\x18\x01 \x01(\t\"\'\n\x11\x41pplyPlanResponse\x12\x12\n\nplan_epoch\x18\x01 \x01(\x04\"\xc8\x01\n\rReportRequest\x12$\n\x07replica\x18\x01 \x01(\x0b\x32\x13.hexgen2.v1.Replica\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.hexgen2.v1.ReplicaState\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.hexgen2.v1.Load\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x13\n\x0bunix_time_s\x18\x05 \x01(\x01\x12#\n\x07samples\x18\x06 \x03(\x0b\x32\x12.hexgen2.v1.Sample\"n\n\x06Sample\x12\x1e\n\x04term\x18\x01 \x01(\x0e\x32\x10.hexgen2.v1.Term\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\r\n\x05\x62\x61tch\x18\x04 \x01(\x01\x12\x14\n\x0cpeer_address\x18\x05 \x01(\t\"c\n\tTermRatio\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x1e\n\x04term\x18\x02 \x01(\x0e\x32\x10.hexgen2.v1.Term\x12\r\n\x05ratio\x18\x03 \x01(\x01\x12\x13\n\x0bnum_samples\x18\x04 \x01(\r\"N\n\x0b\x43\x61libration\x12%\n\x06ratios\x18\x01 \x03(\x0b\x32\x15.hexgen2.v1.TermRatio\x12\x0b\n\x03off\x18\x02 \x01(\x08\x12\x0b\n\x03why\x18\x03 \x01(\t\"\x88\x01\n\x0eReportResponse\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.hexgen2.v1.Role\x12\x12\n\nplan_epoch\x18\x02 \x01(\x04\x12\x12\n\nrole_epoch\x18\x03 \x01(\x04\x12\x1b\n\x0eleave_within_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_leave_within_s\"@\n\x14ReportGatewayRequest\x12(\n\x07gateway\x18\x01 \x01(\x0b\x32\x17.hexgen2.v1.GatewayLoad\"g\n\x15ReportGatewayResponse\x12\x17\n\nslo_ttft_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nslo_tpot_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_slo_ttft_sB\r\n\x0b_slo_tpot_s\"\x12\n\x10WatchPlanRequest\"\x8b\x01\n\x11WatchPlanResponse\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.hexgen2.v1.Plan\x12+\n\x08statuses\x18\x02 \x03(\x0b\x32\x19.hexgen2.v1.ReplicaStatus\x12)\n\x08gateways\x18\x03 \x03(\x0b\x32\x17.hexgen2.v1.GatewayLoad\"\x10\n\x0eGetPlanRequest\"\x9c\x02\n\x0fGetPlanResponse\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.hexgen2.v1.Plan\x12+\n\x08statuses\x18\x02 \x03(\x0b\x32\x19.hexgen2.v1.ReplicaStatus\x12)\n\x08gateways\x18\x03 \x03(\x0b\x32\x17.hexgen2.v1.GatewayLoad\x12\'\n\x07\x63hanges\x18\x06 \x03(\x0b\x32\x16.hexgen2.v1.PlanChange\x12\'\n\tforecasts\x18\x07 \x03(\x0b\x32\x14.hexgen2.v1.Forecast\x12\x11\n\tplan_json\x18\x04 \x01(\t\x12,\n\x0b\x63\x61libration\x18\x05 \x01(\x0b\x32\x17.hexgen2.v1.Calibration*R\n\x04Term\x12\x14\n\x10TERM_UNSPECIFIED\x10\x00\x12\x10\n\x0cTERM_PREFILL\x10\x01\x12\x0f\n\x0bTERM_DECODE\x10\x02\x12\x11\n\rTERM_TRANSFER\x10\x03\x32\xc2\x03\n\x0b\x43oordinator\x12?\n\x06Report\x12\x19.hexgen2.v1.ReportRequest\x1a\x1a.hexgen2.v1.ReportResponse\x12T\n\rReportGateway\x12 .hexgen2.v1.ReportGatewayRequest\x1a!.hexgen2.v1.ReportGatewayResponse\x12J\n\tWatchPlan\x12\x1c.hexgen2.v1.WatchPlanRequest\x1a\x1d.hexgen2.v1.WatchPlanResponse0\x01\x12\x42\n\x07GetPlan\x12\x1a.hexgen2.v1.GetPlanRequest\x1a\x1b.hexgen2.v1.GetPlanResponse\x12H\n\tApplyPlan\x12\x1c.hexgen2.v1.ApplyPlanRequest\x1a\x1d.hexgen2.v1.ApplyPlanResponse\x12\x42\n\x07Preempt\x12\x1a.hexgen2.v1.PreemptRequest\x1a\x1b.hexgen2.v1.PreemptResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hexgen2.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TERM']._serialized_start=1372
-  _globals['_TERM']._serialized_end=1454
-  _globals['_APPLYPLANREQUEST']._serialized_start=68
-  _globals['_APPLYPLANREQUEST']._serialized_end=105
-  _globals['_APPLYPLANRESPONSE']._serialized_start=107
-  _globals['_APPLYPLANRESPONSE']._serialized_end=146
-  _globals['_REPORTREQUEST']._serialized_start=149
-  _globals['_REPORTREQUEST']._serialized_end=349
-  _globals['_SAMPLE']._serialized_start=351
-  _globals['_SAMPLE']._serialized_end=461
-  _globals['_TERMRATIO']._serialized_start=463
-  _globals['_TERMRATIO']._serialized_end=562
-  _globals['_CALIBRATION']._serialized_start=564
-  _globals['_CALIBRATION']._serialized_end=642
-  _globals['_REPORTRESPONSE']._serialized_start=644
-  _globals['_REPORTRESPONSE']._serialized_end=732
-  _globals['_REPORTGATEWAYREQUEST']._serialized_start=734
-  _globals['_REPORTGATEWAYREQUEST']._serialized_end=798
-  _globals['_REPORTGATEWAYRESPONSE']._serialized_start=800
-  _globals['_REPORTGATEWAYRESPONSE']._serialized_end=903
-  _globals['_WATCHPLANREQUEST']._serialized_start=905
-  _globals['_WATCHPLANREQUEST']._serialized_end=923
-  _globals['_WATCHPLANRESPONSE']._serialized_start=926
-  _globals['_WATCHPLANRESPONSE']._serialized_end=1065
-  _globals['_GETPLANREQUEST']._serialized_start=1067
-  _globals['_GETPLANREQUEST']._serialized_end=1083
-  _globals['_GETPLANRESPONSE']._serialized_start=1086
-  _globals['_GETPLANRESPONSE']._serialized_end=1370
-  _globals['_COORDINATOR']._serialized_start=1457
-  _globals['_COORDINATOR']._serialized_end=1839
+  _globals['_TERM']._serialized_start=1515
+  _globals['_TERM']._serialized_end=1597
+  _globals['_PREEMPTREQUEST']._serialized_start=68
+  _globals['_PREEMPTREQUEST']._serialized_end=121
+  _globals['_PREEMPTRESPONSE']._serialized_start=123
+  _globals['_PREEMPTRESPONSE']._serialized_end=160
+  _globals['_APPLYPLANREQUEST']._serialized_start=162
+  _globals['_APPLYPLANREQUEST']._serialized_end=199
+  _globals['_APPLYPLANRESPONSE']._serialized_start=201
+  _globals['_APPLYPLANRESPONSE']._serialized_end=240
+  _globals['_REPORTREQUEST']._serialized_start=243
+  _globals['_REPORTREQUEST']._serialized_end=443
+  _globals['_SAMPLE']._serialized_start=445
+  _globals['_SAMPLE']._serialized_end=555
+  _globals['_TERMRATIO']._serialized_start=557
+  _globals['_TERMRATIO']._serialized_end=656
+  _globals['_CALIBRATION']._serialized_start=658
+  _globals['_CALIBRATION']._serialized_end=736
+  _globals['_REPORTRESPONSE']._serialized_start=739
+  _globals['_REPORTRESPONSE']._serialized_end=875
+  _globals['_REPORTGATEWAYREQUEST']._serialized_start=877
+  _globals['_REPORTGATEWAYREQUEST']._serialized_end=941
+  _globals['_REPORTGATEWAYRESPONSE']._serialized_start=943
+  _globals['_REPORTGATEWAYRESPONSE']._serialized_end=1046
+  _globals['_WATCHPLANREQUEST']._serialized_start=1048
+  _globals['_WATCHPLANREQUEST']._serialized_end=1066
+  _globals['_WATCHPLANRESPONSE']._serialized_start=1069
+  _globals['_WATCHPLANRESPONSE']._serialized_end=1208
+  _globals['_GETPLANREQUEST']._serialized_start=1210
+  _globals['_GETPLANREQUEST']._serialized_end=1226
+  _globals['_GETPLANRESPONSE']._serialized_start=1229
+  _globals['_GETPLANRESPONSE']._serialized_end=1513
+  _globals['_COORDINATOR']._serialized_start=1600
+  _globals['_COORDINATOR']._serialized_end=2050
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,48 @@ TERM_TRANSFER: Term.ValueType  # 3
 Global___Term: _TypeAlias = Term  # noqa: Y015
 
 @_typing.final
+class PreemptRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    GRACE_S_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    grace_s: _builtins.float
+    """Until the machine goes, in seconds."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        grace_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_s", b"grace_s", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreemptRequest: _TypeAlias = PreemptRequest  # noqa: Y015
+
+@_typing.final
+class PreemptResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_EPOCH_FIELD_NUMBER: _builtins.int
+    plan_epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        plan_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_epoch", b"plan_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreemptResponse: _TypeAlias = PreemptResponse  # noqa: Y015
+
+@_typing.final
 class ApplyPlanRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -224,23 +266,29 @@ class ReportResponse(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     PLAN_EPOCH_FIELD_NUMBER: _builtins.int
     ROLE_EPOCH_FIELD_NUMBER: _builtins.int
+    LEAVE_WITHIN_S_FIELD_NUMBER: _builtins.int
     role: _types_pb2.Role.ValueType
     """What the plan has the replica do; ROLE_UNSPECIFIED once it has stopped."""
     plan_epoch: _builtins.int
     role_epoch: _builtins.int
     """The first epoch of that role. What was routed by an earlier one is not for this role."""
+    leave_within_s: _builtins.float
+    """Set when its machine goes: in so many seconds it must have ended."""
     def __init__(
         self,
         *,
         role: _types_pb2.Role.ValueType = ...,
         plan_epoch: _builtins.int = ...,
         role_epoch: _builtins.int = ...,
+        leave_within_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_leave_within_s", b"_leave_within_s", "leave_within_s", b"leave_within_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan_epoch", b"plan_epoch", "role", b"role", "role_epoch", b"role_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_leave_within_s", b"_leave_within_s", "leave_within_s", b"leave_within_s", "plan_epoch", b"plan_epoch", "role", b"role", "role_epoch", b"role_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__leave_within_s: _TypeAlias = _typing.Literal["leave_within_s"]  # noqa: Y015
+    _WhichOneofArgType__leave_within_s: _TypeAlias = _typing.Literal["_leave_within_s", b"_leave_within_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__leave_within_s) -> _WhichOneofReturnType__leave_within_s | None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
 

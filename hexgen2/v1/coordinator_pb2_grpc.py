@@ -59,6 +59,11 @@ class CoordinatorStub:
                 request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanRequest.SerializeToString,
                 response_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanResponse.FromString,
                 _registered_method=True)
+        self.Preempt = channel.unary_unary(
+                '/hexgen2.v1.Coordinator/Preempt',
+                request_serializer=hexgen2_dot_v1_dot_coordinator__pb2.PreemptRequest.SerializeToString,
+                response_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.PreemptResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer:
@@ -98,6 +103,13 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Preempt(self, request, context):
+        """A replica's machine goes: nothing new is sent there from now on, what runs has until then to end or goes elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.ApplyPlan,
                     request_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanRequest.FromString,
                     response_serializer=hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanResponse.SerializeToString,
+            ),
+            'Preempt': grpc.unary_unary_rpc_method_handler(
+                    servicer.Preempt,
+                    request_deserializer=hexgen2_dot_v1_dot_coordinator__pb2.PreemptRequest.FromString,
+                    response_serializer=hexgen2_dot_v1_dot_coordinator__pb2.PreemptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +279,33 @@ class Coordinator:
             '/hexgen2.v1.Coordinator/ApplyPlan',
             hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanRequest.SerializeToString,
             hexgen2_dot_v1_dot_coordinator__pb2.ApplyPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Preempt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hexgen2.v1.Coordinator/Preempt',
+            hexgen2_dot_v1_dot_coordinator__pb2.PreemptRequest.SerializeToString,
+            hexgen2_dot_v1_dot_coordinator__pb2.PreemptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class CoordinatorStub:
     GetPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]
     ApplyPlan: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.ApplyPlanRequest, _coordinator_pb2.ApplyPlanResponse]
     """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are."""
+    Preempt: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PreemptRequest, _coordinator_pb2.PreemptResponse]
+    """A replica's machine goes: nothing new is sent there from now on, what runs has until then to end or goes elsewhere."""
 
 @_typing.type_check_only
 class CoordinatorAsyncStub(CoordinatorStub):
@@ -53,6 +55,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     GetPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetPlanRequest, _coordinator_pb2.GetPlanResponse]  # type: ignore[assignment]
     ApplyPlan: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.ApplyPlanRequest, _coordinator_pb2.ApplyPlanResponse]  # type: ignore[assignment]
     """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are."""
+    Preempt: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PreemptRequest, _coordinator_pb2.PreemptResponse]  # type: ignore[assignment]
+    """A replica's machine goes: nothing new is sent there from now on, what runs has until then to end or goes elsewhere."""
 
 class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -93,5 +97,13 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.ApplyPlanResponse, _abc.Awaitable[_coordinator_pb2.ApplyPlanResponse]]:
         """Another plan for the replicas that are there: flexible ones change their roles, requests under way end where they are."""
+
+    @_abc_1.abstractmethod
+    def Preempt(
+        self,
+        request: _coordinator_pb2.PreemptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.PreemptResponse, _abc.Awaitable[_coordinator_pb2.PreemptResponse]]:
+        """A replica's machine goes: nothing new is sent there from now on, what runs has until then to end or goes elsewhere."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

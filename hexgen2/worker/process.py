@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 
 #: How often the engine is asked whether it lives; what dies with requests running is noticed by them at once.
 HEALTH_INTERVAL_S = 1.0
+#: Before its machine goes a worker ends what still runs, so that it is continued elsewhere.
+HAND_OVER_S = 3.0
 
 
 async def run_worker(
@@ -75,8 +77,20 @@ async def run_worker(
         def take_role(role: Role, epoch: int) -> None:
             gate.role_epoch = epoch
 
+        drain_s = config.drain_s
+
+        def leave(within_s: float) -> None:
+            nonlocal drain_s
+            if reporter.reason:
+                return
+            drain_s, reporter.reason = max(0.0, within_s - HAND_OVER_S), "its machine goes"
+            log.warning("told_to_leave", within_s=round(within_s, 1), drain_s=round(drain_s, 1))
+            os.kill(os.getpid(), signal.SIGTERM)
+
         replica = replace(_replica(config, address), metrics_address=metrics_address)
-        reporter = Reporter(config.coordinator, replica, load, tls=tls, on_role=take_role, samples=samples)
+        reporter = Reporter(
+            config.coordinator, replica, load, tls=tls, on_role=take_role, samples=samples, on_leave=leave
+        )
         reporting = await stack.enter_async_context(owned(reporter.run()))
 
         async def start() -> None:
@@ -121,13 +135,14 @@ async def run_worker(
             reporter.state = ReplicaState.DRAINING
             gate.close()
             await server.set_serving(False)
-            if not await gate.wait_empty(config.drain_s):
-                log.warning("drain_incomplete", running=gate.num_inside, drain_s=config.drain_s)
+            if not await gate.wait_empty(drain_s):
+                # They end with this process, and gateways continue them elsewhere.
+                log.warning("drain_incomplete", running=gate.num_inside, drain_s=drain_s)
 
         await run_until_signal(start, drain)
         gate.close()
         # Whoever routes hears that nothing is lost; a coordinator that is away finds out by itself.
-        reporter.reason = failed or "it was stopped"
+        reporter.reason = failed or reporter.reason or "it was stopped"
         reporter.state = ReplicaState.STOPPED
         await asyncio.wait((reporting,), timeout=2 * REPORT_TIMEOUT_S)
     log.info("stopped")

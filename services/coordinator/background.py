@@ -5,6 +5,7 @@ end with the coordinator, however that ends.
 """
 
 import asyncio
+import importlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +31,13 @@ TIMEOUT_S = 120.0
 
 
 class Background:
-    """One process for one kind of task. A context manager; tasks under way are left behind at the end."""
+    """One process for one kind of task. A context manager; tasks under way are left behind at the end.
 
-    def __init__(self) -> None:
+    ``nice``: how far it stands back when others want the cores.
+    """
+
+    def __init__(self, nice: int = 0) -> None:
+        self._nice = nice
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Background":
@@ -48,7 +53,7 @@ class Background:
         if kwargs:
             raise TypeError("tasks take positional arguments")
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin)
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (self._nice,))
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, task, *args)
@@ -69,9 +74,9 @@ class Background:
             process.kill()
 
 
-def _begin() -> None:
-    """In the new process: end with the one that started it, and let it have the cores when both want them."""
-    os.nice(10)
+def _begin(nice: int) -> None:
+    """In the new process: end with the one that started it."""
+    os.nice(nice)
 
     def follow() -> None:
         parent = parent_process()
@@ -80,6 +85,12 @@ def _begin() -> None:
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def warm_up() -> None:
+    """A task: import what searches need, which takes longer than they do."""
+    importlib.import_module("hexgen2.coordinator.recast")
+    importlib.import_module("hexgen2.cluster_file")
 
 
 def search(cluster: str, base: Placement, workload: Workload, roles: Mapping[str, str], evaluations: int) -> "Recast":

@@ -32,8 +32,11 @@ from hexgen2.observed import Slo
 from hexgen2.placement import Placement
 from hexgen2.plan import ReplicaState
 from hexgen2.workload import Workload
-from services.coordinator.background import Background, learn, search
+from services.coordinator.background import Background, learn, search, warm_up
 from services.coordinator.service import CoordinatorService
+
+#: Forecasts are in no hurry.
+LESSONS_NICE = 10
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +52,7 @@ class Replanner:
         placement: Placement,
         workload: Workload,
         clock: Callable[[], float],
-        background: Callable[[], Background] = Background,
+        background: Callable[[int], Background] = Background,
     ) -> None:
         self._config = config
         self._service = service
@@ -67,7 +70,7 @@ class Replanner:
         self._watch: Watch | None = None
         self._forecast_due_s = clock()
         self._stack = ExitStack()
-        self._searches, self._lessons = background(), background()
+        self._searches, self._lessons = background(0), background(LESSONS_NICE)
         outlook.slo = Slo(workload.ttft_s, workload.tpot_s)
 
     def __enter__(self) -> "Replanner":
@@ -83,6 +86,7 @@ class Replanner:
     async def run(self) -> None:
         """Look at every change of members, and once in a bucket's time; runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._warm_up())
             tasks.create_task(self._foresee())
             while True:
                 try:
@@ -93,6 +97,13 @@ class Replanner:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._config.bucket_s):
                         await self._service.members_changed()
+
+    async def _warm_up(self) -> None:
+        try:
+            await self._searches.run(warm_up)
+        except HexgenError as error:
+            # The first search will try again, and say what it says.
+            log.warning("search_not_ready", reason=str(error))
 
     async def look(self) -> None:
         """One look: is there a reason to plan anew, was the last change good?"""

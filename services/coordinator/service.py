@@ -116,6 +116,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             role=convert.role_to_proto(member.replica.role),
             plan_epoch=self._plan.epoch,
             role_epoch=member.role_epoch,
+            leave_within_s=self._state.leave_within_s(replica.replica_id, self._clock()),
         )
 
     async def ReportGateway(self, request: pb.ReportGatewayRequest, context: Any) -> pb.ReportGatewayResponse:
@@ -143,6 +144,13 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
         """Another plan for the replicas that are there."""
         await self.apply(from_json(request.plan_json), "applied", "by a person")
         return pb.ApplyPlanResponse(plan_epoch=self._plan.epoch)
+
+    async def Preempt(self, request: pb.PreemptRequest, context: Any) -> pb.PreemptResponse:
+        """A replica's machine goes."""
+        change = self._state.preempt(request.replica_id, request.grace_s, self._clock())
+        log.warning("preempted", replica=request.replica_id, grace_s=request.grace_s)
+        await self._follow(change)
+        return pb.PreemptResponse(plan_epoch=self._plan.epoch)
 
     @property
     def placement(self) -> Placement | None:

@@ -122,6 +122,26 @@ def test_a_draining_replica_stays_listed_and_gets_no_new_routes() -> None:
     assert states(state)["d1"] is DRAINING
 
 
+def test_a_replica_whose_machine_goes_drains_whatever_it_still_says_until_it_begins_anew() -> None:
+    state = fleet("p1", "d1", "d2")
+    assert state.preempt("d1", 30.0, 1.0) is Change.STATE
+    assert states(state) == {"p1": READY, "d1": DRAINING, "d2": READY}
+    # It has not heard of it yet.
+    assert state.report(replica("d1"), READY, IDLE, 2.0) is Change.NOTHING
+    assert states(state)["d1"] is DRAINING
+    assert state.leave_within_s("d1", 11.0) == 20.0
+    assert state.leave_within_s("d1", 99.0) == 0.0
+    assert state.leave_within_s("d2", 2.0) is None
+    state.report(replica("d1"), STOPPED, IDLE, 12.0)
+    assert state.report(replica("d1", incarnation="second"), READY, IDLE, 13.0) is Change.MEMBERS
+    assert states(state)["d1"] is READY
+    assert state.leave_within_s("d1", 13.0) is None
+    with pytest.raises(InvalidRequest, match="'x' is not here; there are: d1, d2, p1"):
+        state.preempt("x", 30.0, 1.0)
+    with pytest.raises(InvalidRequest, match="grace_s: 0 is not a time greater than 0"):
+        state.preempt("d1", 0.0, 1.0)
+
+
 def test_an_id_is_refused_from_another_address_until_its_owner_is_lost() -> None:
     state = fleet("d1")
     elsewhere = replica("d1", address="10.0.0.2:7", incarnation="second")

@@ -112,6 +112,25 @@ def test_decode_moves_to_another_of_the_same_prefill(error: HexgenError) -> None
     assert fleet.dispatch.other_decode(targets, other, error, frozenset({"d0", "d1", "d2"})) is None
 
 
+def test_without_a_decode_replica_a_flexible_prefill_replica_serves_whole_requests() -> None:
+    fleet = Fleet(2, 1)
+    fleet.plan = replace(fleet.plan, replicas=tuple(replace(each, flexible=True) for each in fleet.plan.replicas))
+    tried = fleet.dispatch.first(GREEDY)
+    for kv_was_there in (False, True):
+        after = fleet.dispatch.again(GREEDY, tried, TryAgain(Side.DECODE, LOST), 0, kv_was_there)
+        assert after.way is Way.COLOCATED
+        assert ends(after)[1] in {"p0", "p1"}
+    fleet.statuses["d0"] = ReplicaStatus("d0", ReplicaState.LOST, Load())
+    assert fleet.dispatch.usable()
+    assert ends(fleet.dispatch.first(GREEDY)) in {(None, "p0"), (None, "p1")}
+    # What only refused for want of room is no reason to go round it.
+    fleet = Fleet(2, 1)
+    tried = fleet.dispatch.first(GREEDY)
+    after = fleet.dispatch.again(GREEDY, tried, TryAgain(Side.DECODE, Overloaded("full")))
+    assert (ends(after)[1], after.way) == ("d0", Way.HAND_OVER)
+    assert ends(after)[0] != ends(tried)[0]
+
+
 def test_what_runs_is_counted_until_it_ends() -> None:
     fleet = Fleet(1, 2)
     picked = []

@@ -30,6 +30,9 @@ class Service(coordinator_pb2_grpc.CoordinatorServicer):
     async def ApplyPlan(self, request: Any, context: Any) -> coordinator_pb2.ApplyPlanResponse:
         return coordinator_pb2.ApplyPlanResponse()
 
+    async def Preempt(self, request: Any, context: Any) -> coordinator_pb2.PreemptResponse:
+        return coordinator_pb2.PreemptResponse()
+
     async def GetPlan(self, request: Any, context: Any) -> coordinator_pb2.GetPlanResponse:
         return await self.unary(context)
 
