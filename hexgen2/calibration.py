@@ -108,6 +108,8 @@ class Calibration:
     ratios: tuple[Ratio, ...] = ()
     off: bool = False
     why: str = ""
+    #: Which, as ``replica/term``.
+    beyond: frozenset[str] = frozenset()
 
     def factor(self, replica_id: str, term: Term) -> float:
         """Measured over predicted; 1 where nothing is known."""
@@ -146,7 +148,8 @@ class Calibrator:
                 found.append(Ratio(replica_id, term, median(ratios), len(ratios)))
         self._off = {(each.replica_id, each.term) for each in found if self._beyond(each)}
         why = "; ".join(each.told for each in found if (each.replica_id, each.term) in self._off)
-        return Calibration(tuple(found), bool(self._off), why)
+        beyond = frozenset(f"{replica_id}/{term}" for replica_id, term in self._off)
+        return Calibration(tuple(found), bool(self._off), why, beyond)
 
     def _beyond(self, ratio: Ratio) -> bool:
         limit = self._limit

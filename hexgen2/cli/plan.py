@@ -168,7 +168,8 @@ def _as_measured(problem: Problem, file: Path) -> Problem:
     """The problem with devices as slow as a running plan's were. Raises ConfigError."""
     # Reads messages, which no other plan needs.
     from hexgen2.calibration_file import load_calibration
-    from hexgen2.scheduler.calibrated import calibrated, device_factors
+    from hexgen2.device_factors import device_factors
+    from hexgen2.scheduler.calibrated import calibrated
 
     factors = device_factors(*load_calibration(file))
     return replace(problem, cluster=calibrated(problem.cluster, factors, problem.engine))

@@ -15,7 +15,7 @@ from hexgen2.scheduler.kv_network import Replica, Routed
 from hexgen2.scheduler.present import USUAL_LOAD, wire_name
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.planned import Planned
-from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
+from hexgen2.simulator.settings import retold
 
 ROLES = (PREFILL, DECODE, COLOCATED)
 
@@ -169,8 +169,7 @@ def _placement(base: Placement, problem: Problem, roles: Roles, search: _Search)
             "runners_up": (),
         }
     )
-    shortest = Planned(placement, problem, search.planned.longest_prompt)
-    return placement.model_copy(update={"colocate_max_prompt_tokens": colocate_max_prompt_tokens(shortest)})
+    return retold(Planned(placement, problem, search.planned.longest_prompt))
 
 
 def _replica(base: ReplicaPlan, role: str, flow: float, search: _Search) -> ReplicaPlan:

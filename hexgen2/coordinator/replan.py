@@ -51,6 +51,8 @@ class Situation:
     window: Window
     forecast_rps: float
     there: frozenset[str]
+    #: How the plan's times are off, where no plan was looked for since they are so; else empty.
+    off: str = ""
 
     @property
     def rps(self) -> float:
@@ -69,6 +71,8 @@ def why_search(policy: Policy, plan: InForce, seen: Situation) -> str:
         return ""
     if new := sorted(seen.there - plan.replicas):
         return f"{', '.join(new)} {'is' if len(new) == 1 else 'are'} there again"
+    if seen.off:
+        return f"the plan's times are off: {seen.off}"
     if seen.window.tally.num_ended < policy.min_requests:
         return ""
     drifts = []

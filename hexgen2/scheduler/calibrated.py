@@ -1,32 +1,11 @@
 """A cluster whose devices are as slow, or as quick, as a running plan's replicas were measured to be. Pure."""
 
-from collections.abc import Mapping
-from statistics import median
-
-from hexgen2.calibration import Calibration, Term
 from hexgen2.cluster import Cluster, GpuType, HostTimes, Reached
-from hexgen2.placement import Placement
+from hexgen2.device_factors import Factors
 from hexgen2.scheduler.efficiency import Engine, Host, efficiency
 
 
-def device_factors(placement: Placement, calibration: Calibration) -> dict[str, tuple[float, float]]:
-    """By kind of device: measured over planned time of prefill and of decode, medians over its replicas; 1: unknown."""
-    found: dict[tuple[str, Term], list[float]] = {}
-    for ratio in calibration.ratios:
-        replica = next((each for each in placement.replicas if each.id == ratio.replica_id), None)
-        for device in {stage.gpu for stage in replica.stages} if replica else ():
-            found.setdefault((device, ratio.term), []).append(ratio.ratio)
-    devices = sorted({device for device, _ in found})
-    return {
-        device: (
-            median(found.get((device, Term.PREFILL), [1.0])),
-            median(found.get((device, Term.DECODE), [1.0])),
-        )
-        for device in devices
-    }
-
-
-def calibrated(cluster: Cluster, factors: Mapping[str, tuple[float, float]], profile: Engine) -> Cluster:
+def calibrated(cluster: Cluster, factors: Factors, profile: Engine) -> Cluster:
     """The cluster with every such device's figures scaled: computing by prefill's factor, reading by decode's.
 
     Small errors of what binds neither way remain; they show in the next plan's calibration, and shrink with it.

@@ -22,9 +22,16 @@ BATCH_PARTS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 
 def completed(planned: Planned) -> Placement:
     """The placement with everything that follows from it."""
+    engines = {each.id: engine_plan(planned, each) for each in planned.placement.replicas}
+    told = retold(planned)
+    replicas = tuple(each.model_copy(update={"engine": engines[each.id]}) for each in told.replicas)
+    return told.model_copy(update={"replicas": replicas})
+
+
+def retold(planned: Planned) -> Placement:
+    """The placement with its times and limits of length; what engines were started with stays."""
     replicas = tuple(
-        each.model_copy(update={"engine": engine_plan(planned, each), "times": times_plan(planned, each)})
-        for each in planned.placement.replicas
+        each.model_copy(update={"times": times_plan(planned, each)}) for each in planned.placement.replicas
     )
     return planned.placement.model_copy(
         update={

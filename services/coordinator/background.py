@@ -93,17 +93,29 @@ def warm_up() -> None:
     importlib.import_module("hexgen2.cluster_file")
 
 
-def search(cluster: str, base: Placement, workload: Workload, roles: Mapping[str, str], evaluations: int) -> "Recast":
-    """A task: the best roles. ``cluster`` is a file or a name of the catalog. Raises ConfigError."""
+def search(
+    cluster: str,
+    base: Placement,
+    workload: Workload,
+    roles: Mapping[str, str],
+    evaluations: int,
+    factors: Mapping[str, tuple[float, float]],
+) -> "Recast":
+    """A task: the best roles. ``cluster`` is a file or a name of the catalog, and ``factors`` say how much longer
+    prefill and decode take on its devices. Raises ConfigError.
+    """
     # The planner is heavy; only this process has it.
     from hexgen2 import llm as llms
     from hexgen2.cluster_file import find_cluster
     from hexgen2.coordinator.recast import recast
+    from hexgen2.scheduler.calibrated import calibrated
+    from hexgen2.scheduler.efficiency import engine
     from hexgen2.scheduler.problem import Problem
 
     codecs = tuple(dict.fromkeys(("none", *(route.codec for route in base.routes))))
     path = Path(cluster)
-    problem = Problem(find_cluster(path if path.exists() else cluster), llms.find(base.model), workload, codecs)
+    found = calibrated(find_cluster(path if path.exists() else cluster), factors, engine())
+    problem = Problem(found, llms.find(base.model), workload, codecs)
     try:
         return recast(base, problem, roles, evaluations=evaluations)
     except KeyError as error:

@@ -26,6 +26,7 @@ from hexgen2.coordinator.replan import (
     why_search,
     workload_now,
 )
+from hexgen2.device_factors import Factors, device_factors, further
 from hexgen2.errors import HexgenError
 from hexgen2.forecast import LSTM, SEASONAL, seasonal
 from hexgen2.observed import Slo
@@ -66,6 +67,9 @@ class Replanner:
         configured = service.configured or placement
         self._known = {each.id: each for each in (*configured.replicas, *placement.replicas)}
         self._plan = InForce(workload, placement.throughput_rps, clock(), frozenset())
+        # How much longer than the cost model says devices take by the plan in force, and what of it was looked at.
+        self._factors: Factors = {}
+        self._seen_off: frozenset[str] = frozenset()
         self._before: Placement | None = None
         self._watch: Watch | None = None
         self._forecast_due_s = clock()
@@ -133,7 +137,15 @@ class Replanner:
                 for each in self._service.statuses
                 if each.state is ReplicaState.READY and each.replica_id in self._known
             ),
+            self._off,
         )
+
+    @property
+    def _off(self) -> str:
+        """What of the plan's times is off that no search has seen."""
+        found = self._service.promises.calibration
+        self._seen_off &= found.beyond
+        return found.why if found.beyond - self._seen_off else ""
 
     def _adopt(self, placement: Placement) -> None:
         """A person has applied a plan: what it was made for is not told, so what is asked now stands for it."""
@@ -154,9 +166,12 @@ class Replanner:
         roles = {key: role for key, role in self._service.roles.items() if key in seen.there}
         base = self._placement.model_copy(update={"replicas": tuple(self._known.values())})
         log.info("replan_search", reason=reason, replicas=len(roles), requests_per_s=round(seen.rps, 3))
-        found = await self._searches.run(
-            search, self._config.cluster or base.cluster, base, workload, roles, self._config.evaluations
-        )
+        calibration = self._service.promises.calibration
+        # A plan whose times hold is searched for by the same figures again.
+        factors = further(self._factors, device_factors(base, calibration)) if calibration.off else self._factors
+        cluster, evaluations = self._config.cluster or base.cluster, self._config.evaluations
+        found = await self._searches.run(search, cluster, base, workload, roles, evaluations, factors)
+        self._seen_off = calibration.beyond
         verdict = judge(self._policy, reason, seen.rps, found.current_rps, found.rps, len(found.flipped), len(roles))
         now_s = self._clock()
         settled_s = now_s + self._config.interval_s
@@ -167,6 +182,7 @@ class Replanner:
         before, window = self._placement, self._outlook.series.window(self._config.window_s, now_s)
         await self._service.apply(found.placement, "re-planned", verdict.why)
         self._placement = found.placement
+        self._factors = factors
         self._plan = InForce(workload, found.rps, now_s, seen.there, settled_s)
         # A plan whose replicas are gone is nothing to go back to.
         able = {each.id for each in before.replicas} <= seen.there

@@ -7,6 +7,8 @@ from hexgen2.cluster_file import load_cluster
 from hexgen2.placement import Placement
 from hexgen2.scheduler.problem import Problem
 from hexgen2.scheduler.schedule import solve
+from hexgen2.simulator.planned import Planned
+from hexgen2.simulator.settings import completed
 from hexgen2.workload import LengthClass, Workload
 
 CLUSTER = """\
@@ -37,4 +39,5 @@ def problem(folder: Path, work: Workload) -> Problem:
 
 
 def planned(folder: Path) -> Placement:
-    return solve(problem(folder, workload(1000, 8)), kind="disaggregated", evaluations=200)
+    made = problem(folder, workload(1000, 8))
+    return completed(Planned(solve(made, kind="disaggregated", evaluations=200), made, 1000))

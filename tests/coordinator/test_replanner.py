@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from hexgen2.calibration import WINDOW, Sample, Term
 from hexgen2.config import ReplanConfig
 from hexgen2.coordinator.assignment import assignment_of
 from hexgen2.coordinator.outlook import Outlook
@@ -16,6 +17,7 @@ from hexgen2.observed import Counter
 from hexgen2.placement import Placement, to_json
 from hexgen2.plan import GatewayLoad, ReplicaState, Role
 from hexgen2.rpc import plan_convert as convert
+from hexgen2.rpc.calibration_convert import samples_to_proto
 from hexgen2.v1 import coordinator_pb2 as pb
 from services.coordinator.background import Background, search
 from services.coordinator.replanner import Replanner
@@ -167,10 +169,46 @@ async def test_a_replica_that_goes_is_planned_around_at_once_and_taken_in_again_
         assert len(await made.history()) == 2
 
 
+async def test_times_that_are_off_are_planned_with_and_looked_at_once(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as made:
+        roles = await made.workers()
+        prefill = next(name for name, role in roles.items() if role is Role.PREFILL)
+
+        async def measured(factor: float) -> None:
+            original = next(each.times for each in made.placement.replicas if each.id == prefill)
+            assert original is not None
+            samples = [Sample(Term.PREFILL, factor * original.prefill[1000], (1000,))] * WINDOW
+            request = report(replica(prefill, flexible=True, role=Role.COLOCATED), READY)
+            request.samples.extend(samples_to_proto(samples))
+            await made.service.Report(request, Caller())
+
+        await made.requests(15, 1000, 8)
+        await measured(1.0)
+        await made.replanner.look()
+        assert await made.history() == []
+        # Prompts are computed so quickly that three of the four replicas are too many for them.
+        await measured(0.25)
+        await made.replanner.look()
+        assert await made.history() == ["re-planned"]
+        assert list((await made.workers()).values()).count(Role.PREFILL) < 3
+        plan = await made.service.GetPlan(pb.GetPlanRequest(), Caller())
+        assert plan.changes[0].why.startswith(f"the plan's times are off: prefill of {prefill} takes 0.25 times")
+        # The new plan foretells what was measured, as nearly as scaled devices can: it is off no more.
+        await made.requests(15, 1000, 8, seconds=100.0)
+        await made.workers()
+        await measured(0.25)
+        (found,) = made.service.promises.calibration.ratios
+        assert 0.7 < found.ratio < 1.1
+        await made.replanner.look()
+        assert await made.history() == ["re-planned"]
+
+
 async def test_a_search_in_a_process_of_its_own(tmp_path: Path) -> None:
     placement = planned(tmp_path)
     problem(tmp_path, workload(1, 1))
     roles = {each.id: each.role for each in placement.replicas}
     with Background() as background:
-        found = await background.run(search, str(tmp_path / "cluster.yaml"), placement, workload(64, 96), roles, 100)
+        found = await background.run(
+            search, str(tmp_path / "cluster.yaml"), placement, workload(64, 96), roles, 100, {}
+        )
     assert found.rps > 2 * found.current_rps

@@ -10,10 +10,11 @@ from hexgen2 import llm as llms
 from hexgen2.calibration import Calibration, Ratio, Term
 from hexgen2.calibration_file import load_calibration
 from hexgen2.cluster_file import find_cluster
+from hexgen2.device_factors import device_factors, further
 from hexgen2.errors import ConfigError
 from hexgen2.placement import to_json
 from hexgen2.rpc.calibration_convert import calibration_to_proto
-from hexgen2.scheduler.calibrated import calibrated, device_factors
+from hexgen2.scheduler.calibrated import calibrated
 from hexgen2.scheduler.cost_model import CostModel, even_stages
 from hexgen2.scheduler.efficiency import engine
 from hexgen2.v1 import coordinator_pb2
@@ -50,3 +51,7 @@ def test_it_is_read_from_what_status_prints(tmp_path: Path) -> None:
     file.write_text("[")
     with pytest.raises(ConfigError, match="not what `hexgen2 status --json` prints"):
         load_calibration(file)
+
+
+def test_what_is_measured_of_a_calibrated_plan_comes_on_top() -> None:
+    assert further({"A": (2.0, 1.5)}, {"A": (1.5, 1.0), "B": (3.0, 1.0)}) == {"A": (3.0, 1.5), "B": (3.0, 1.0)}
