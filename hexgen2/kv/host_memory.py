@@ -19,6 +19,6 @@ def buffer(num_bytes: int, device: torch.device) -> torch.Tensor:
     memory = mmap.mmap(-1, num_bytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping
-    begin = -whole.data_ptr() % _HUGE_BYTES
-    return whole[begin : begin + num_bytes]
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE_BYTES
+    # It keeps the mapping. No slice: its storage begins where it does, as that of any new tensor.
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes, offset=begin)

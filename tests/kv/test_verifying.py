@@ -87,6 +87,35 @@ def test_who_collects_hears_of_a_failure(here: bool) -> None:
     verifier.stop()
 
 
+@pytest.mark.parametrize("num_bytes", [1 << 20, 3 << 20])
+def test_what_is_sent_is_what_is_staged_in_small_buffers_and_in_large_ones(num_bytes: int) -> None:
+    """Large ones are on huge pages."""
+    shape, slice_ = KvShape(2, 2, 8, "float32"), RankSlice(0, 0, 2, 0, 2)
+    layout, cpu = PageLayout(shape, slice_), torch.device("cpu")
+    network = MemoryNetwork()
+    ours, theirs = MemoryTransport(network), MemoryTransport(network)
+    send = SendBuffer(layout, num_bytes, cpu)
+    staging = Staging(layout, (ours,), cpu, staging_bytes=num_bytes, landing_bytes=num_bytes, stall_s=1e6)
+    theirs.register(send.buffer, None)
+    ours.register(None, staging.reads.landing)
+    for tensor in (send.buffer, staging.reads.landing):
+        assert tensor.storage_offset() == 0
+        assert tensor.is_contiguous()
+    num_tokens = 2 * CHUNK_TOKENS + 5
+    kv = random_kv(shape, num_tokens, seed=2)
+    send.open("a", b"t" * 16, num_tokens, "none", (0, 4, 2))
+    offsets = tuple(page * layout.page_bytes for page in (0, 4, 2))
+    source = Source(slice_, (theirs.endpoint(),), offsets)
+    staging.open(OpenRecv("a", b"t" * 16, num_tokens, "none", shape.dtype, (5, 1, 3), (source,)))
+    staging.fetch("a", sent_pieces(send, "a", kv))
+    messages: list[ToService] = []
+    while not messages:
+        messages = staging.turn()
+    staged = staging.staged("a")
+    assert staged is not None
+    assert all(torch.equal(staged.layer(layer), kv[layer]) for layer in range(2))
+
+
 def test_pages_are_not_given_back_while_the_thread_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, slice_ = KvShape(2, 1, 8, "float32"), RankSlice(0, 0, 2, 0, 1)
     layout, cpu = PageLayout(shape, slice_), torch.device("cpu")
