@@ -17,7 +17,7 @@ from hexgen2.cli import demo as demo_command
 from hexgen2.cli import up as up_command
 from hexgen2.cli import why_slow
 from hexgen2.cli.certs import certs_command
-from hexgen2.cli.client import Access, apply_plan, preempt
+from hexgen2.cli.client import Access, apply_plan, get_plan, preempt
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.generate import ask
 from hexgen2.cli.keys import keys_command
@@ -25,6 +25,7 @@ from hexgen2.cli.lazy import LazyCommand
 from hexgen2.cli.options import serve_and_exit, service_command
 from hexgen2.cli.prepare import prepare
 from hexgen2.cli.status import show_status
+from hexgen2.cli.watch import watch_status
 from hexgen2.config import CoordinatorConfig, GatewayConfig, NodeConfig, TlsConfig, WorkerConfig
 from hexgen2.errors import HexgenError
 from hexgen2.placement import load_placement, to_json
@@ -158,8 +159,22 @@ def make_request(
 @timeout(5.0)
 @tls
 @as_json
-def status(coordinator: str, timeout: float, tls: Path | None, as_json: bool) -> None:
+@click.option("--watch", is_flag=True, help="Go on showing it, until Ctrl-C; with --json a line each time.")
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="S", help="Of --watch."
+)
+def status(coordinator: str, timeout: float, tls: Path | None, as_json: bool, watch: bool, interval: float) -> None:
     """Show the plan and what every replica does."""
+    if watch:
+        asyncio.run(
+            watch_status(
+                lambda: get_plan(coordinator, timeout, access(tls)),
+                up_command.make_console(),
+                interval,
+                as_json=as_json,
+            )
+        )
+        return
     asyncio.run(show_status(coordinator, timeout, access(tls), up_command.make_console(), as_json=as_json))
 
 

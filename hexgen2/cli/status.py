@@ -3,18 +3,21 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hexgen2.calibration import Calibration, Term
 from hexgen2.cli.client import Access, get_plan
 from hexgen2.coordinator.gateway_loads import together
-from hexgen2.kv.codecs import NONE
-from hexgen2.plan import GatewayLoad, Measured, Plan, Prediction, ReplicaState, ReplicaStatus, Route
+from hexgen2.plan import GatewayLoad, Measured, Plan, Prediction, ReplicaState, ReplicaStatus
+from hexgen2.routing import RouteKey
 from hexgen2.rpc.calibration_convert import calibration_from_proto
 from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto, status_from_proto
 from hexgen2.v1 import coordinator_pb2
@@ -32,33 +35,46 @@ async def show_status(address: str, timeout_s: float, access: Access, console: C
     """The command. Raises HexgenError."""
     answer = await get_plan(address, timeout_s, access)
     if as_json:
-        print(
-            json.dumps(
-                MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True),
-                indent=2,
-            )
-        )
-        return
+        print(json.dumps(as_dict(answer), indent=2))
+    else:
+        console.print(overview(answer), highlight=False)
+
+
+def as_dict(answer: coordinator_pb2.GetPlanResponse) -> dict[str, Any]:
+    """All of it, for programs."""
+    return MessageToDict(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def overview(answer: coordinator_pb2.GetPlanResponse) -> Group:
+    """All of it, for people."""
     plan = plan_from_proto(answer.plan)
     statuses = {status.replica_id: status for status in map(status_from_proto, answer.statuses)}
     gateways = [gateway_from_proto(gateway) for gateway in answer.gateways]
-    console.print(f"plan epoch {plan.epoch}, {len(plan.replicas)} replicas, {len(plan.routes)} routes", highlight=False)
-    console.print(_replicas(plan, statuses, gateways))
-    console.print()
-    console.print(_promises(plan.prediction, together(gateways)))
-    console.print()
     calibration = calibration_from_proto(answer.calibration)
+    parts: list[RenderableType] = [
+        f"plan epoch {plan.epoch}, {len(plan.replicas)} replicas, {len(plan.routes)} routes",
+        _replicas(plan, statuses, gateways),
+        "",
+        _promises(plan.prediction, together(gateways)),
+        "",
+    ]
     if calibration.ratios:
-        console.print(_errors(calibration))
-        console.print(f"[red]the plan is off: {calibration.why}[/]\n" if calibration.off else "")
-    for line in _history(answer):
-        console.print(line, highlight=False, soft_wrap=True)
-    for replica in plan.replicas:
-        console.print(f"{replica.replica_id}: KV by {replica.transport}", highlight=False, soft_wrap=True)
-    for route in plan.routes[:MAX_ROUTES]:
-        console.print(_route(route), highlight=False)
+        parts += [
+            _errors(calibration),
+            f"[red]the plan is off: {escape(calibration.why)}[/]\n" if calibration.off else "",
+        ]
+    parts += map(_whole_line, _history(answer))
+    parts += [_whole_line(f"{each.replica_id}: KV by {each.transport}") for each in plan.replicas]
+    if plan.routes:
+        parts += ["", _routes(plan, gateways)]
     if len(plan.routes) > MAX_ROUTES:
-        console.print(f"and {len(plan.routes) - MAX_ROUTES} routes more: --json lists them", highlight=False)
+        parts.append(f"and {len(plan.routes) - MAX_ROUTES} routes more: --json lists them")
+    return Group(*parts)
+
+
+def _whole_line(text: str) -> Text:
+    """As it is: nobody's brackets are markup, and no terminal's width cuts it."""
+    return Text(text, overflow="fold")
 
 
 def _replicas(plan: Plan, statuses: Mapping[str, ReplicaStatus], gateways: Iterable[GatewayLoad]) -> Table:
@@ -78,15 +94,15 @@ def _replicas(plan: Plan, statuses: Mapping[str, ReplicaStatus], gateways: Itera
             continue
         load = status.load
         cells = [
-            replica.replica_id,
+            escape(replica.replica_id),
             replica.role.value,
             f"[{_STYLES.get(status.state, 'yellow')}]{status.state}",
             str(in_flight[replica.replica_id]),
             str(load.num_requests_running),
             str(load.num_requests_waiting),
             f"{decimal(load.kv_pool_bytes_used)} of {decimal(load.kv_pool_bytes_total)}",
-            replica.model,
-            replica.address,
+            escape(replica.model),
+            escape(replica.address),
         ]
         if planned:
             promised = planned.get(replica.replica_id)
@@ -145,8 +161,21 @@ def _of(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.3g}{unit}"
 
 
-def _route(route: Route) -> str:
-    ends = (route.prefill_replica_id, route.decode_replica_id)
-    if ends[0] == ends[1]:
-        return f"{ends[0]} alone   flow {route.flow:.3g}"
-    return f"{ends[0]} → {ends[1]}   flow {route.flow:.3g}" + (f", {route.codec}" if route.codec != NONE else "")
+def _routes(plan: Plan, gateways: Sequence[GatewayLoad]) -> Table:
+    """The plan's flow of each route beside what is measured of it."""
+    window_s = together(gateways).window_s
+    finished: Counter[RouteKey] = Counter()
+    in_flight: Counter[RouteKey] = Counter()
+    for gateway in gateways:
+        for each in gateway.routes:
+            key = (each.prefill_replica_id, each.decode_replica_id)
+            finished[key] += each.num_finished
+            in_flight[key] += each.num_requests
+    table = Table("route", "flow", "measured", "in flight", "KV as", box=None, padding=(0, 2, 0, 0))
+    for route in plan.routes[:MAX_ROUTES]:
+        prefill, decode = key = (route.prefill_replica_id, route.decode_replica_id)
+        name = f"{prefill} alone" if prefill == decode else f"{prefill} → {decode}"
+        measured = _of(finished[key] / window_s if window_s else None, "/s")
+        codec = "" if prefill == decode else route.codec
+        table.add_row(escape(name), f"{route.flow:.3g}", measured, str(in_flight[key]), codec)
+    return table
