@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hexgen2.cli.client import get_plan
 from hexgen2.cli.watch import Seen, drawn, told, watch_status
-from hexgen2.plan import Load, ReplicaState
+from hexgen2.plan import Load, Plan, ReplicaState
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.v1 import coordinator_pb2 as pb
 from tests.coordinator.harness import connected, coordinator, replica
@@ -52,7 +52,7 @@ async def test_it_follows_the_fleet_waits_for_its_coordinator_and_ends_at_ctrl_c
 
 
 def test_what_was_said_last_stays_while_the_coordinator_is_away() -> None:
-    answer = pb.GetPlanResponse(plan={"epoch": 7, "replicas": [convert.replica_to_proto(replica("d[1]"))]})
+    answer = pb.GetPlanResponse(plan=convert.plan_to_proto(Plan(7, (replica("d[1]"),))))
     answer.statuses.add(replica_id="d[1]", state=convert.state_to_proto(ReplicaState.READY))
     away = Seen(answer).missed(100.0, "nobody answers").missed(200.0, "still nobody")
     assert away.away_since_s == 100.0
