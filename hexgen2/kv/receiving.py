@@ -45,6 +45,7 @@ class RecvTransfer:
     error: HexgenError | None = None
     num_fetches: int = 1
     _offer: Offer | None = None
+    _wanted: bool = False
     _pieces: dict[tuple[int, int, int], Piece] = field(default_factory=dict)
     _fetched: set[int] = field(default_factory=set)
     _loaded: set[int] = field(default_factory=set)
@@ -63,17 +64,17 @@ class RecvTransfer:
             self.first.finish_reason is not None or self.state in (RecvState.VERIFIED, RecvState.LOADED)
         )
 
-    def offered(self, offer: Offer) -> bool:
-        """Whether staging is to be acquired now: at the first offer. It may come again, unchanged.
+    def offered(self, offer: Offer) -> None:
+        """What prefill holds. It may come again, unchanged.
 
         A difference from what was expected refuses the transfer, as every refusal here does by ``error``.
         """
         if self.settled:
-            return False
+            return
         if self.offer_seen:
             if offer != self._offer:
                 self._refuse("offer: changed during the transfer")
-            return False
+            return
         num_pages = num_chunks(self.expected.num_tokens)
         odd = next((s for s in offer.sources if len(s.page_offsets) != num_pages), None)
         if why := difference(offer.header, self.expected):
@@ -84,8 +85,13 @@ class RecvTransfer:
             self._refuse(f"page_offsets: {len(odd.page_offsets)} given, {num_pages} chunks expected")
         else:
             self._offer = offer
-            return True
-        return False
+
+    def wanted(self) -> Offer | None:
+        """The offer, once: when there is something to read, and staging is to be acquired for it."""
+        if self._wanted or not self._pieces or self.settled:
+            return None
+        self._wanted = True
+        return self._offer
 
     def opened(self) -> tuple[Piece, ...]:
         """Every rank holds its share of staging. Returns the pieces that were announced meanwhile, to be fetched."""

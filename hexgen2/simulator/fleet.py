@@ -1,8 +1,8 @@
 """Requests on their way through a fleet: routed as the gateway does, handed over as the workers do.
 
 Routes are picked by ``routing.Router`` and memory is given out by ``kv.pool.PagePool``: the very code that serves. A
-request waits for pages of prefill's send buffer, is computed there and gives its first token; from the time that it
-holds the buffer it waits for pages of decode's staging, and then its KV travels while it is being made. When all of it
+request waits for pages of prefill's send buffer, is computed there and gives its first token; from the time that its
+first KV is made it waits for pages of decode's staging, and then its KV travels while it is being made. When all of it
 is there it goes to decode's engine, whose first step frees the staging.
 """
 
@@ -208,7 +208,6 @@ class Simulation:
         prompt = attempt.request.arrival.prompt_tokens
         attempt.prefill_job = Job(attempt, attempt.request.number, prompt, 1)
         attempt.prefill.engine.submit(attempt.prefill_job)
-        self._ask_staging(attempt)
 
     # -- the hand-over
 
@@ -281,11 +280,14 @@ class Simulation:
             return
         prompt = attempt.request.arrival.prompt_tokens
         num_bytes = self._blueprint.wire_bytes(attempt.route.codec, prompt) * num_tokens / prompt
+        begins = not attempt.made_bytes
         attempt.made_bytes += num_bytes
         attempt.made_s = done_s
         if attempt.transfer is not None:
             left = attempt.transfer.left_bytes + num_bytes
             self.links.put(attempt.transfer, num_bytes, self._made_rate(attempt, left))
+        elif begins:
+            self._ask_staging(attempt)
 
     def first(self, job: Job) -> None:
         """See ``engine.Owner``."""
@@ -363,7 +365,7 @@ class Simulation:
         attempt.path = self._blueprint.path(attempt.prefill.replica_id, attempt.decode.replica_id)
         attempt.num_moves += 1
         attempt.arriving = False
-        if attempt.prefill_job is not None:
+        if attempt.made_bytes:
             self._ask_staging(attempt)
 
     # -- what befalls replicas

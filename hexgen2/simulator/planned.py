@@ -27,10 +27,10 @@ from hexgen2.simulator.step_times import PipelineTimes, Step
 
 #: The hand-off's memory that the cost model has set aside already, per GPU: ``KvConfig.send_bytes``.
 RESERVED_BYTES = 256 << 20
-#: Without another word staging holds so many mean prompts, and twice what the planned flow keeps in it.
-PROMPTS_IN_POOL = 8
-#: Steps of decode that KV is held in staging for: the one under way, its own, and one of room.
-STEPS_HELD = 3
+#: Prompts that staging holds beyond what the planned flow keeps in it: arrivals come in bunches.
+SPARE_PROMPTS = 2
+#: Steps of decode that KV is held in staging for: the one under way, and its own.
+STEPS_HELD = 2
 
 
 @dataclass(frozen=True)
@@ -182,22 +182,25 @@ class Planned:
         return tuple(said)
 
     def _send_tokens(self, replica_id: str) -> int:
-        """What keeps the pipeline full and little more: prompts that wait in the engine hold staging already."""
+        """What keeps the pipeline full and little more."""
         stages = self.stages(replica_id)
         mean = self.problem.workload.mean_prompt_tokens
         at_work = (2 * len(stages) - 1) * max(self.problem.cost.shared_tokens(stages), mean)
         return self._pool(stages, 1.5 * at_work)
 
     def _staging_tokens(self, replica_id: str) -> int:
-        """What the flow keeps there, and whatever the send buffers before it may hold for it."""
-        plan, mean = self._plans[replica_id], self.problem.workload.mean_prompt_tokens
-        flow = (PROMPTS_IN_POOL + 2 * plan.flow_rps * self._held_s) * mean
-        held = 0.0
-        for route in self.placement.routes:
-            if route.decode == replica_id:
-                sender = self._plans[route.prefill]
-                held += self._send_tokens(sender.id) * route.flow_rps / max(sender.flow_rps, route.flow_rps)
-        return self._pool(self.stages(replica_id), flow + 2 * held)
+        """What the planned flow keeps there, by Little's law, and room for a few prompts more.
+
+        KV is held while it is made, travels, and is taken in by decode's engine. More would cost what it wins: it is
+        taken from the memory that decode's batch needs.
+        """
+        steps_s = STEPS_HELD * (self._plans[replica_id].tpot_s or 0.0)
+        held = sum(
+            route.flow_rps * ((self._plans[route.prefill].prefill_s or 0.0) + route.transfer_s + steps_s)
+            for route in self.placement.routes
+            if route.decode == replica_id
+        )
+        return self._pool(self.stages(replica_id), (SPARE_PROMPTS + held) * self.problem.workload.mean_prompt_tokens)
 
     def _pool(self, stages: Stages, tokens: float) -> int:
         """Whole prompts, in pages; at least what is usual, and never more than half of KV memory."""
@@ -207,16 +210,6 @@ class Planned:
         usual = CHUNK_TOKENS * RESERVED_BYTES / self._page_bytes(stages)
         wanted = max(tokens * (1 + page), self.longest_prompt, usual)
         return max(CHUNK_TOKENS, int(min(wanted, self.kv_tokens(stages, 0) / 2)))
-
-    @cached_property
-    def _held_s(self) -> float:
-        """How long a prompt's KV is held: while it is made, travels, and decode's engine takes it in."""
-        plans = self.placement.replicas
-        return (
-            max((each.prefill_s or 0.0 for each in plans), default=0.0)
-            + max((route.transfer_s for route in self.placement.routes), default=0.0)
-            + STEPS_HELD * max((each.tpot_s or 0.0 for each in plans if each.role == DECODE), default=0.0)
-        )
 
     def _page_bytes(self, stages: Stages) -> float:
         """Of the GPU that holds most of a page."""

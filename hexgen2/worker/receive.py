@@ -147,14 +147,15 @@ class Receiver:
                         async for message in messages:
                             match message:
                                 case Offer():
-                                    if transfer.offered(message):
-                                        group.create_task(self._stage(message))
+                                    transfer.offered(message)
                                 case FirstToken():
                                     transfer.sampled(message)
                                     self._all_there_s = now()
                                 case pieces:
                                     if new := transfer.ready(pieces):
                                         self._ranks.fetch(self.key, new)
+                                    if offer := transfer.wanted():
+                                        group.create_task(self._stage(offer))
                             self._changes.notify()
                 except HexgenError as failed:
                     error = failed
@@ -165,8 +166,8 @@ class Receiver:
     async def _stage(self, offer: Offer) -> None:
         """Acquire staging and begin.
 
-        Only once prefill holds its send buffer, never before: were both waited for in any order, two requests could
-        each hold what the other needs.
+        Only once there is KV to read. Earlier it would be held while the request waits for prefill's engine; and
+        before prefill holds its send buffer two requests could each hold what the other needs.
         """
         transfer = self.transfer
         try:

@@ -21,7 +21,7 @@ LOST = Unavailable("connection lost")
 
 def receiving(num_ranks: int = 2) -> RecvTransfer:
     recv = RecvTransfer(HEADER, num_ranks, deadline=100.0)
-    assert recv.offered(OFFER)
+    recv.offered(OFFER)
     assert recv.opened() == ()
     return recv
 
@@ -55,15 +55,20 @@ def test_a_final_first_token_settles_it_whatever_is_still_on_its_way() -> None:
     recv.sampled(FirstToken(SampledToken(7), FinishReason.STOP, 0))
     assert recv.settled
     assert recv.error is None
-    assert not recv.offered(OFFER)
+    recv.offered(OFFER)
     assert recv.ready(PIECES) == ()
+    assert recv.wanted() is None
 
 
 def test_pieces_that_come_before_staging_is_held_are_fetched_once_it_is() -> None:
     recv = RecvTransfer(HEADER, num_ranks=1)
-    assert recv.offered(OFFER)
+    recv.offered(OFFER)
+    assert recv.wanted() is None
     assert recv.ready(PIECES[:2]) == ()
+    # Only now, and once.
+    assert recv.wanted() is OFFER
     assert recv.ready(PIECES[:1]) == ()
+    assert recv.wanted() is None
     assert recv.opened() == PIECES[:2]
     assert recv.opened() == ()
     assert recv.ready(PIECES) == PIECES[2:]
@@ -86,11 +91,12 @@ def test_pieces_that_come_before_staging_is_held_are_fetched_once_it_is() -> Non
 )
 def test_what_was_not_asked_for_is_refused_by_name(field: str, changed: Header) -> None:
     recv = RecvTransfer(HEADER, num_ranks=1)
-    assert not recv.offered(replace(OFFER, header=changed))
+    recv.offered(replace(OFFER, header=changed))
     assert isinstance(recv.error, TransferRefused)
     assert str(recv.error).startswith(f"{field} differs")
     assert recv.state is RecvState.REFUSED
     assert recv.ready(PIECES) == recv.opened() == ()
+    assert recv.wanted() is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_what_was_not_asked_for_is_refused_by_name(field: str, changed: Header) 
 )
 def test_sources_that_do_not_add_up_are_refused(field: str, sources: tuple[Source, ...]) -> None:
     recv = RecvTransfer(HEADER, num_ranks=1)
-    assert not recv.offered(Offer(HEADER, sources))
+    recv.offered(Offer(HEADER, sources))
     assert str(recv.error).startswith(field)
 
 
@@ -127,9 +133,9 @@ def test_a_repeated_piece_is_ignored_and_one_whose_digests_changed_is_refused() 
 
 def test_an_offer_may_come_again_but_not_another() -> None:
     recv = receiving()
-    assert not recv.offered(OFFER)
+    recv.offered(OFFER)
     assert recv.error is None
-    assert not recv.offered(Offer(HEADER, (replace_endpoint(SOURCE, b"another"),)))
+    recv.offered(Offer(HEADER, (replace_endpoint(SOURCE, b"another"),)))
     assert str(recv.error) == "offer: changed during the transfer"
 
 
