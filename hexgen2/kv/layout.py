@@ -5,6 +5,7 @@ Prefill and decode may differ in tensor and pipeline parallelism; with more rank
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hexgen2.errors import TransferRefused
 from hexgen2.kv.wire import RankSlice
@@ -65,3 +66,14 @@ def plan_picks(sources: Sequence[RankSlice], target: RankSlice, most_heads: int 
             else:
                 picks.append(Pick(rank, layer, head, 1))
     return tuple(picks)
+
+
+@lru_cache(maxsize=64)
+def missing(sources: tuple[RankSlice, ...], num_layers: int, num_kv_heads: int) -> str:
+    """Which layer and head of a model none of the sources holds; empty when they hold all of it."""
+    held = {(layer, head) for each in sources for layer in each.layers for head in each.kv_heads}
+    for layer in range(num_layers):
+        for head in range(num_kv_heads):
+            if (layer, head) not in held:
+                return f"ranks: no sending rank holds layer {layer}, KV head {head}"
+    return ""

@@ -13,6 +13,7 @@ from math import inf
 
 from hexgen2.errors import DeadlineExceeded, HexgenError, KvCorrupt, TransferRefused, Unavailable
 from hexgen2.kv.handoff import FirstToken, Header, Offer, difference
+from hexgen2.kv.layout import missing
 from hexgen2.kv.messages import Piece
 from hexgen2.kv.wire import num_chunks
 
@@ -75,7 +76,7 @@ class RecvTransfer:
             if offer != self._offer:
                 self._refuse("offer: changed during the transfer")
             return
-        num_pages = num_chunks(self.expected.num_tokens)
+        num_pages, shape = num_chunks(self.expected.num_tokens), offer.header.shape
         odd = next((s for s in offer.sources if len(s.page_offsets) != num_pages), None)
         if why := difference(offer.header, self.expected):
             self._refuse(why)
@@ -83,6 +84,8 @@ class RecvTransfer:
             self._refuse("ranks: a sending rank is listed twice, or none is")
         elif odd is not None:
             self._refuse(f"page_offsets: {len(odd.page_offsets)} given, {num_pages} chunks expected")
+        elif why := missing(tuple(s.slice for s in offer.sources), shape.num_layers, shape.num_kv_heads):
+            self._refuse(why)
         else:
             self._offer = offer
 

@@ -105,6 +105,10 @@ def test_what_was_not_asked_for_is_refused_by_name(field: str, changed: Header) 
         ("ranks", ()),
         ("ranks", (SOURCE, SOURCE)),
         ("page_offsets", (Source(SOURCE.slice, (b"endpoint",), (0,)),)),
+        (
+            "ranks: no sending rank holds layer 0, KV head 1",
+            (Source(rank_slices([2], 2, 2)[0], (b"endpoint",), (0, 4096)),),
+        ),
     ],
     ids=str,
 )

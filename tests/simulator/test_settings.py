@@ -49,7 +49,7 @@ def test_either_pool_holds_the_longest_prompt_and_the_roles_own_is_the_larger() 
         assert engine is not None
         assert min(engine.send_tokens, engine.staging_tokens) >= blueprint.longest_prompt
     assert engines["d"] is not None
-    assert engines["d"].staging_tokens > engines["d"].send_tokens
+    assert engines["d"].staging_tokens >= engines["d"].send_tokens
 
 
 def test_times_are_the_cost_models() -> None:
