@@ -10,8 +10,9 @@ from typing import Any
 
 from hexgen2 import llm as llms
 from hexgen2.cluster_file import find_cluster
+from hexgen2.scheduler.multi_start import Effort
 from hexgen2.scheduler.problem import SPLIT, Problem
-from hexgen2.scheduler.search import STRATEGIES, Effort
+from hexgen2.scheduler.search import STRATEGIES
 from hexgen2.workload_file import find_workload
 
 CLUSTERS = (

@@ -14,8 +14,8 @@ from hexgen2.placement import (
 from hexgen2.scheduler.fabric import Fabric
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
 from hexgen2.scheduler.kv_network import Routed, Wire
+from hexgen2.scheduler.multi_start import Found
 from hexgen2.scheduler.problem import MIXED, WHOLE, Problem
-from hexgen2.scheduler.search import Found
 from hexgen2.scheduler.state import Group, State
 
 #: Without a rate of the workload, times are told at this share of the throughput.

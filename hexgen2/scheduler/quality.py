@@ -11,8 +11,8 @@ from hexgen2.cluster import Cluster
 from hexgen2.cluster_file import make_cluster
 from hexgen2.errors import ConfigError
 from hexgen2.scheduler.exhaustive import exhaustive, states
+from hexgen2.scheduler.multi_start import Effort, hexgen2
 from hexgen2.scheduler.problem import SPLIT, Problem
-from hexgen2.scheduler.search import Effort, hexgen2
 from hexgen2.workload_file import find_workload
 
 #: Every third cluster has network cards of 1.25 GB/s or less.

@@ -9,9 +9,10 @@ from hexgen2.errors import ConfigError
 from hexgen2.kv.codecs import NONE
 from hexgen2.llm import Llm
 from hexgen2.placement import Placement
+from hexgen2.scheduler.multi_start import Effort, Progress
 from hexgen2.scheduler.present import placement
 from hexgen2.scheduler.problem import MIXED, SPLIT, WHOLE, Problem
-from hexgen2.scheduler.search import Effort, Progress, strategy
+from hexgen2.scheduler.search import strategy
 from hexgen2.workload import Workload
 from hexgen2.workload_file import find_workload
 

@@ -20,11 +20,11 @@ from hexgen2.scheduler.fabric import Fabric, Parts
 from hexgen2.scheduler.groups import Choice, Groups
 from hexgen2.scheduler.lp_start import lp_start
 from hexgen2.scheduler.moves import Mover
+from hexgen2.scheduler.multi_start import Effort, hexgen2
 from hexgen2.scheduler.parallelism import Strategies
 from hexgen2.scheduler.problem import SPLIT, Problem
 from hexgen2.scheduler.refine import refine
 from hexgen2.scheduler.schedule import solve
-from hexgen2.scheduler.search import Effort, hexgen2
 from hexgen2.scheduler.state import Group, Judge, State, parts_of
 from hexgen2.workload_file import find_workload
 from tests.scheduler.problems import machines, problem
