@@ -152,7 +152,7 @@ def make_plan(
     if report is not None:
         effort = {name: search[name] for name in ("kind", "evaluations", "seed")}
         # What would change is found by the default strategy, so it is compared with that alone.
-        told = changes(problem, **effort) if search["strategy"] == "hexgen2" else ()
+        told = changes(problem, found.throughput_rps, **effort) if search["strategy"] == "hexgen2" else ()
         written.append(write(report, html(found, problem.cluster, told, problem.assumptions)))
     if as_json:
         click.echo(found.model_dump_json(indent=2))

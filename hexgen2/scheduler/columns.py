@@ -3,7 +3,7 @@
 The search, the exhaustive search and the bound share these limits: a bound holds for the groups it has columns for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import ceil
@@ -75,6 +75,24 @@ def compositions(fabric: Fabric, limits: Limits) -> Iterator[tuple[str, Composit
                 for counts in product(*ranges):
                     if sum(counts) <= limits.max_gpus:
                         yield site, tuple(zip(chosen, counts, strict=True))
+
+
+def all_parts(fabric: Fabric, limits: Limits, pools: Sequence[int] | None = None) -> Iterator[Parts]:
+    """Every choice of GPUs for a group within the limits; out of some ``pools``, by default all."""
+    among = range(len(fabric.pools)) if pools is None else sorted(pools)
+    stack: list[Parts] = [()]
+    while stack:
+        parts = stack.pop()
+        if parts:
+            yield parts
+        room = limits.max_gpus - sum(count for _, count in parts)
+        for pool in among:
+            if parts and pool <= parts[-1][0]:
+                continue
+            for count in range(1, min(room, fabric.pools[pool].count) + 1):
+                wider = (*parts, (pool, count))
+                if limits.allow(fabric, wider):
+                    stack.append(wider)
 
 
 def columns(fabric: Fabric, limits: Limits, strategies: Strategies, roles: frozenset[str]) -> tuple[Column, ...]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from itertools import permutations, product
 
 from hexgen2.errors import ConfigError
-from hexgen2.scheduler.columns import Limits
+from hexgen2.scheduler.columns import Limits, all_parts
 from hexgen2.scheduler.fabric import Fabric, Parts
-from hexgen2.scheduler.state import Group, Judge, State, parts_of
+from hexgen2.scheduler.state import Group, Judge, State
 
 #: More states than this are not looked at.
 MOST_STATES = 1_000_000
@@ -42,7 +42,7 @@ def states(judge: Judge, limits: Limits, roles: tuple[str, ...], most_states: in
     """Every set of groups that can have their roles, each once. GPUs may idle."""
     fabric = judge.fabric
     options = [
-        group for parts in _all_parts(fabric, limits) for role in roles if judge.rate(group := Group(role, parts)) > 0
+        group for parts in all_parts(fabric, limits) for role in roles if judge.rate(group := Group(role, parts)) > 0
     ]
     options.sort(key=lambda group: (group.parts, group.role))
     orders = _orders(fabric)
@@ -68,13 +68,6 @@ def states(judge: Judge, limits: Limits, roles: tuple[str, ...], most_states: in
                 for pool, n in group.parts:
                     left[pool] -= n
                 stack.append((index, (*groups, group), tuple(left)))
-
-
-def _all_parts(fabric: Fabric, limits: Limits) -> Iterator[Parts]:
-    for counts in product(*(range(min(pool.count, limits.max_gpus) + 1) for pool in fabric.pools)):
-        parts = parts_of(dict(enumerate(counts)))
-        if parts and limits.allow(fabric, parts):
-            yield parts
 
 
 def _orders(fabric: Fabric) -> tuple[tuple[int, ...], ...]:

@@ -99,6 +99,10 @@ class KvNetwork:
             self._pairs |= {(one, other), (other, one)}
             self._limits["link", one, other] = self._limits["link", other, one] = link.bandwidth_bytes_per_s
 
+    def kv_rps(self, bytes_per_s: float) -> float:
+        """Requests per second whose KV this bandwidth between machines carries, in the smallest codec allowed."""
+        return bytes_per_s / (self._kv_bytes * self._smallest)
+
     def replica(self, role: str, choice: Choice) -> Replica:
         """The node that a group with its strategy becomes."""
         fabric, work = self._fabric, self._cost.workload

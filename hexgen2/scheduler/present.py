@@ -57,7 +57,7 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
         if i != j and (sender := replicas[i]) is not None and (receiver := replicas[j]) is not None
     )
     kind = _kind(state)
-    bound, method = _bound(problem, state, roles)
+    bound, method = _bound(problem, found, state, roles)
     rps = routed.rps
     load = problem.workload.rate or USUAL_LOAD * rps
     price = problem.cluster.price_per_hour
@@ -158,12 +158,14 @@ def _kind(state: State) -> Literal["disaggregated", "colocated", "mixed"]:
     return "mixed" if COLOCATED in roles else "disaggregated"
 
 
-def _bound(problem: Problem, state: State, roles: tuple[str, ...] | None) -> tuple[float | None, str | None]:
+def _bound(
+    problem: Problem, found: Found, state: State, roles: tuple[str, ...] | None
+) -> tuple[float | None, str | None]:
     """Of all plans that were allowed; none where a group is outside the limits that the bound has columns for."""
     if not all(problem.limits.allow(problem.fabric, group.parts) for group in state.groups):
         return None, None
     bound = problem.bound(roles or MIXED)
-    return bound.rps, bound.method
+    return min(bound.rps, found.bound_rps), bound.method
 
 
 def _why(problem: Problem, found: Found, kind: str, rps: float) -> str:

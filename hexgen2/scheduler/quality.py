@@ -88,7 +88,7 @@ def compare(number: int, slow: bool, problem: Problem, size: int) -> Row:
         states=size,
         optimum_rps=optimum,
         found_rps=found.flow,
-        bound_rps=problem.bound(SPLIT).rps,
+        bound_rps=min(found.bound_rps, problem.bound(SPLIT).rps),
         gap=(optimum - found.flow) / optimum if optimum > 0 else 0.0,
     )
 

@@ -24,12 +24,10 @@ Accept = Callable[[float, float, float], float]
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """The best state met, its flow (``Judge.flow``), and the flow after each improvement: (evaluations, flow)."""
+    """The best state met and its flow (``Judge.flow``)."""
 
     state: State
     flow: float
-    evaluations: int
-    history: tuple[tuple[int, float], ...]
 
 
 def annealing(worse: float, several: float, used: float) -> float:
@@ -71,7 +69,6 @@ def refine(
     flow = judge.flow(state)
     score = _score(judge, state, flow)
     best, best_flow, best_score = state, flow, score
-    history = [(0, flow)]
     hint: Hint | None = None
     for number in range(evaluations):
         if progress is not None and number % 200 == 0:
@@ -97,10 +94,8 @@ def refine(
             continue
         state, flow, score, hint = proposed, then, then_score, None
         if score > best_score:
-            if flow > best_flow * (1 + 1e-9):
-                history.append((number + 1, flow))
             best, best_flow, best_score = state, max(flow, best_flow), score
-    return Refined(best, judge.flow(best), evaluations, tuple(history))
+    return Refined(best, judge.flow(best))
 
 
 def able(judge: Judge, state: State) -> State:

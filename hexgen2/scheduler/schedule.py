@@ -62,9 +62,10 @@ def solve(
     evaluations: int = EVALUATIONS,
     seed: int = 0,
     jobs: int = 1,
+    exact: bool = True,
     progress: Progress | None = None,
 ) -> Placement:
-    """The plan of a problem that is built already. Raises ConfigError."""
+    """The plan of a problem that is built already; ``exact`` as in `Effort`. Raises ConfigError."""
     if kind not in KINDS:
         raise ConfigError(f"kind: no `{kind}`; there are: {', '.join(KINDS)}")
     problem.check()
@@ -77,7 +78,7 @@ def solve(
         )
     if roles is not None and name not in CHOOSING:
         raise ConfigError(f"kind {kind}: strategy {name} plans one kind alone; {' and '.join(CHOOSING)} have a choice")
-    effort = Effort(evaluations, seed, jobs, roles, progress=progress)
+    effort = Effort(evaluations, seed, jobs, roles, exact=exact, progress=progress)
     found = strategy(name)(problem, effort)
     if found.flow <= 0:
         reason = f"; {why}" if (why := problem.why_not_apart()) else ""

@@ -21,7 +21,7 @@ def paper(problem: Problem, effort: Effort) -> Found:
     start = able(judge, first_phase(judge.groups, max(2, number_of_groups(judge.groups))))
     mover = Mover(problem.fabric, problem.limits, SPLIT)
     found = refine(judge, mover, start, effort.evaluations, effort.seed, SPLIT, accept=climbing, guided=1.0)
-    return Found(found.state, judge.verified(found.state), effort.evaluations, (), found.history, literal=True)
+    return Found(found.state, judge.verified(found.state), effort.evaluations, literal=True)
 
 
 def no_refinement(problem: Problem, effort: Effort) -> Found:
@@ -41,7 +41,7 @@ def _neighbours(problem: Problem, effort: Effort, accept: Accept, steps: tuple[s
     judge = problem.judge
     mover = Mover(problem.fabric, problem.limits, SPLIT, steps)
     found = refine(judge, mover, _phase_one(problem), effort.evaluations, effort.seed, SPLIT, accept=accept, guided=0.0)
-    return Found(found.state, judge.verified(found.state), effort.evaluations, (), found.history)
+    return Found(found.state, judge.verified(found.state), effort.evaluations)
 
 
 def genetic_search(problem: Problem, effort: Effort) -> Found:

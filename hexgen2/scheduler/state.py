@@ -52,12 +52,11 @@ def parts_of(counts: dict[int, int]) -> Parts:
 
 
 class Judge:
-    """Flows of states, in requests per second. ``num_flows`` counts how many needed a network, ``network``."""
+    """Flows of states, in requests per second."""
 
     def __init__(self, groups: Groups, codecs: Sequence[str] = (NONE,)) -> None:
         self.groups = groups
         self.fabric = groups.fabric
-        self.num_flows = 0
         self._replicas: dict[Group, Replica | None] = {}
         self._flows: dict[tuple[Group, ...], float] = {}
         self.network = KvNetwork(groups.fabric, groups.cost, codecs)
@@ -97,12 +96,13 @@ class Judge:
         replicas = self.replicas(state)
         if not self.network.may_bind(replicas):
             return self.ceiling(state)
-        # Small clusters come back to the same states very often.
+        # Small clusters come back to the same states very often. The order of groups must not change a bit of the
+        # answer: what is remembered would depend on which searches a process has made before.
         key = tuple(sorted(state.groups))
         known = self._flows.get(key)
         if known is None:
-            self.num_flows += 1
-            known = self._flows[key] = self.network.flow(replicas)
+            ordered = [replica for group in key if (replica := self.replica(group)) is not None]
+            known = self._flows[key] = self.network.flow(ordered)
         return known
 
     def verified(self, state: State) -> float:

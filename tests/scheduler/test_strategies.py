@@ -4,6 +4,7 @@ import pytest
 
 from hexgen2.errors import ConfigError
 from hexgen2.scheduler.exhaustive import exhaustive, states
+from hexgen2.scheduler.located import located_bound
 from hexgen2.scheduler.problem import SPLIT
 from hexgen2.scheduler.quality import compare, instances, summary
 from hexgen2.scheduler.schedule import solve
@@ -54,3 +55,27 @@ def test_exhaustive_search_refuses_large_clusters() -> None:
     case = problem([("H100-SXM", 8, 12.5), ("A100-SXM", 8, 12.5)])
     with pytest.raises(ConfigError, match="small clusters"):
         exhaustive(case.judge, case.limits, SPLIT, 500)
+
+
+@pytest.mark.parametrize("workload", ["hpld", "lphd"])
+@pytest.mark.parametrize(
+    "machines",
+    [
+        [("A100-SXM", 2, 0.25), ("L40", 2, 0.25)],
+        [("A100-SXM", 1, 1.25), ("L40", 2, 0.25), ("A6000", 1, 0.25)],
+        [("L40", 2, 0.25), ("L40", 1, 0.25), ("H100-SXM", 1, 1.25)],
+    ],
+)
+def test_the_program_on_machines_is_a_bound_and_knows_slow_cards(
+    machines: list[tuple[str, int, float]], workload: str
+) -> None:
+    case = problem(machines, workload=workload)
+    _, optimum = exhaustive(case.judge, case.limits, SPLIT)
+    ceiling = case.bound(SPLIT).rps
+    bound, plan = located_bound(case.judge, case.limits, SPLIT, ceiling, 0.0, 500)
+    assert optimum <= bound < 0.9 * ceiling
+    assert plan is not None
+    assert case.judge.verified(plan) <= optimum * (1 + 1e-6)
+    # Columns that are in no better plan than a known one may be left out.
+    again, _ = located_bound(case.judge, case.limits, SPLIT, ceiling, optimum, 500)
+    assert optimum <= again <= bound * (1 + 1e-3)

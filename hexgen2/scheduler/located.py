@@ -1,0 +1,250 @@
+"""The configuration program on machines: on small clusters a bound that knows network cards, and a plan that meets it.
+
+In `bound` a column is a composition; here it is a group on the machines that it stands on, with the strategy and the
+rate it has over their real links, so that the layers on each machine are known. Only the matching of layers between
+replicas, and hidden states on their way through pipelines, are left out.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import islice
+from math import frexp
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_matrix
+
+from hexgen2.scheduler.bound import SLACK, no_chatter
+from hexgen2.scheduler.columns import Limits, all_parts
+from hexgen2.scheduler.fabric import Composition, Fabric
+from hexgen2.scheduler.groups import COLOCATED, PREFILL
+from hexgen2.scheduler.state import Group, Judge, State
+
+#: With more places for a group than this the program takes too long; so many are looked through for a few of them.
+MOST_PARTS, MOST_LOOKED_AT = 2500, 10_000
+#: HiGHS ends its branch and bound by a count of nodes, never by the clock, or this near to its own bound.
+FEW_NODES, GAP = 50, 5e-4
+#: First this share of the nodes is spent on a good plan, which rules out many columns for the others.
+FIRST = 1 / 6
+#: This near to the bound, a plan needs no more proof.
+CLOSE = 1e-3
+#: The known plan's flow is asked for less this share, so that rounding does not rule it out.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A group with its rate, and the share of the model's layers on each machine."""
+
+    group: Group
+    rps: float
+    shares: tuple[tuple[int, float], ...]
+
+
+def located_bound(
+    judge: Judge, limits: Limits, roles: Sequence[str], ceiling_rps: float, known_rps: float, nodes: int
+) -> tuple[float, State | None]:
+    """A bound on plans with these roles, at most ``ceiling_rps``, and a plan better than the known one, if found.
+
+    ``ceiling_rps``: another bound. ``known_rps``: the flow of a known plan; columns that are in no better one are left
+    out, so the closer it is to the ceiling, the quicker the answer. ``nodes``: the most that HiGHS may look at.
+
+    maximise F + sum over colocated of rate x, with x whole numbers of groups, sum of GPUs x <= GPUs of each pool, and
+    per machine m: P_m <= sum rate share_m x over prefill, D_m likewise over decode, F = sum P_m = sum D_m,
+    P_m - D_m <= card out of m, D_m - P_m <= card into m, in requests per second whose KV the card carries.
+
+    No plan exceeds it: let P_m (D_m) be the flow through prefill (decode) groups times the share of their layers on m.
+    It keeps the first rows since no group's flow exceeds its rate, and sums to F since the shares of a group sum to
+    one. Each layer's KV is made on one machine and read on one. On m it is made at P_m and read at D_m, so P_m - D_m
+    at least leaves m, and D_m - P_m at least enters, and all of that passes m's card.
+    """
+    places = list(islice(all_parts(judge.fabric, limits), MOST_PARTS + 1))
+    if len(places) > MOST_PARTS:
+        return ceiling_rps, None
+    columns = _columns(judge, (Group(role, parts) for parts in places for role in roles))
+    program = _Program(judge, columns)
+    relaxed = program.relaxed()
+    reduced = relaxed.lower.marginals[: len(columns)] * program.unit
+    best = None
+    for node_limit in (max(1, int(nodes * FIRST)), nodes):
+        slack = -float(relaxed.fun) * program.unit - known_rps
+        kept = [column for column, loss in zip(columns, reduced, strict=True) if loss <= slack + 1e-6 * known_rps]
+        smaller = _Program(judge, kept)
+        found = smaller.whole(known_rps * (1 - TOLERANCE), ceiling_rps, node_limit)
+        state = _state(judge, kept, found)
+        if found.mip_dual_bound is not None:
+            # Columns that were left out are in no plan better than the known one.
+            above = max(known_rps, -float(found.mip_dual_bound) * smaller.unit * SLACK)
+            ceiling_rps = min(ceiling_rps, above)
+        if state is None or (rps := judge.verified(state)) <= known_rps:
+            break
+        best, known_rps = state, rps
+        if known_rps >= ceiling_rps * (1 - CLOSE):
+            break
+    return ceiling_rps, best
+
+
+def located_start(judge: Judge, limits: Limits, wanted: AbstractSet[tuple[str, Composition]]) -> State | None:
+    """The best plan out of groups with these (role, composition), wherever they stand; None when there is none.
+
+    Quick where the bound's own compositions are wanted: it puts them where network cards allow the most.
+    """
+    fabric = judge.fabric
+    places = islice(all_parts(fabric, limits), MOST_LOOKED_AT)
+    columns = _columns(
+        judge,
+        (
+            Group(role, parts)
+            for parts in places
+            for role, composition in wanted
+            if composition == fabric.composition(parts)
+        ),
+    )
+    if not columns or len(columns) > MOST_PARTS:
+        return None
+    return _state(judge, columns, _Program(judge, columns).whole(0.0, np.inf))
+
+
+def _columns(judge: Judge, groups: Iterable[Group]) -> list[Column]:
+    num_layers = judge.groups.cost.llm.num_layers
+    found = []
+    for group in groups:
+        replica = judge.replica(group)
+        if replica is None or replica.rps <= 0:
+            continue
+        shares: dict[int, float] = defaultdict(float)
+        for machine, first, end in replica.spans:
+            shares[machine] += (end - first) / num_layers
+        found.append(Column(group, replica.rps, tuple(sorted(shares.items()))))
+    return found
+
+
+def alike(fabric: Fabric) -> list[tuple[int, int]]:
+    """First pools of machines, each with that of the next machine that is like it in everything but its name."""
+    if fabric.cluster.machine_links:
+        return []
+    last: dict[str, int] = {}
+    pairs = []
+    for pool, there in enumerate(fabric.pools):
+        if pool and fabric.pools[pool - 1].machine == there.machine:
+            continue
+        nature = str(fabric.cluster.machines[there.machine].model_dump(exclude={"name"}))
+        if nature in last:
+            pairs.append((last[nature], pool))
+        last[nature] = pool
+    return pairs
+
+
+def _state(judge: Judge, columns: Sequence[Column], found: Any) -> State | None:
+    if found.x is None:
+        return None
+    counts = found.x[: len(columns)]
+    return State.of(
+        judge.fabric,
+        [column.group for column, count in zip(columns, counts, strict=True) for _ in range(round(float(count)))],
+    )
+
+
+class _Program:
+    """Variables: how many groups of each column, then of each (role, composition), then P_m, D_m, F and the objective.
+
+    The second are sums of the first: HiGHS branches on them, which says more than one place of a group does. Rates are
+    divided by a power of two near the largest, so that a change of the time unit changes no bit of the answer.
+    """
+
+    def __init__(self, judge: Judge, columns: Sequence[Column]) -> None:
+        fabric = judge.fabric
+        largest = max((column.rps for column in columns), default=1.0)
+        self.unit = 2.0 ** frexp(largest)[1]
+        kinds: dict[tuple[str, object], list[int]] = defaultdict(list)
+        for number, column in enumerate(columns):
+            kinds[column.group.role, fabric.composition(column.group.parts)].append(number)
+        machines = range(len(fabric.nic))
+        self._num_columns, self._num_counts = len(columns), len(columns) + len(kinds)
+        prefill, decode = self._num_counts, self._num_counts + len(machines)
+        split = decode + len(machines)
+        self._size = split + 2
+        self._rows: list[dict[int, float]] = []
+        self._least: list[float] = []
+        self._most: list[float] = []
+        used: list[dict[int, float]] = [{} for _ in fabric.pools]
+        made: list[dict[int, float]] = [{prefill + m: 1.0} for m in machines]
+        read: list[dict[int, float]] = [{decode + m: 1.0} for m in machines]
+        objective = {split + 1: 1.0, split: -1.0}
+        for number, column in enumerate(columns):
+            rate = column.rps / self.unit
+            for pool, count in column.group.parts:
+                used[pool][number] = float(count)
+            if column.group.role == COLOCATED:
+                objective[number] = -rate
+                continue
+            for machine, share in column.shares:
+                (made if column.group.role == PREFILL else read)[machine][number] = -rate * share
+        for there, row in zip(fabric.pools, used, strict=True):
+            self._add(row, most=float(there.count))
+        for row in (*made, *read, objective):
+            self._add(row, most=0.0)
+        for first in (prefill, decode):
+            self._add({split: 1.0, **{first + m: -1.0 for m in machines}}, least=0.0, most=0.0)
+        for m in machines:
+            card = judge.network.kv_rps(fabric.nic[m]) / self.unit
+            self._add({prefill + m: 1.0, decode + m: -1.0}, least=-card, most=card)
+        # Machines that are alike may change places, so those with more GPUs of a pool in prefill come first.
+        for one, other in alike(fabric):
+            row: dict[int, float] = {}
+            for number, column in enumerate(columns):
+                counts = dict(column.group.parts)
+                if column.group.role == PREFILL and (more := counts.get(other, 0) - counts.get(one, 0)):
+                    row[number] = float(more)
+            self._add(row, most=0.0)
+        for number, members in enumerate(kinds.values(), start=len(columns)):
+            self._add({number: 1.0, **dict.fromkeys(members, -1.0)}, least=0.0, most=0.0)
+        self._cost = np.zeros(self._size)
+        self._cost[-1] = -1.0
+
+    def relaxed(self) -> Any:
+        """HiGHS' answer with fractions of groups. Raises ValueError."""
+        matrix, least, most = self._matrix()
+        equal = least == most
+        above, below = np.isfinite(most) & ~equal, np.isfinite(least) & ~equal
+        solved = linprog(
+            self._cost,
+            A_ub=csr_matrix(np.vstack([matrix[above].toarray(), -matrix[below].toarray()])),
+            b_ub=np.concatenate([most[above], -least[below]]),
+            A_eq=matrix[equal],
+            b_eq=most[equal],
+            method="highs-ds",
+        )
+        if solved.status != 0:
+            raise ValueError(f"no bound: {solved.message}")
+        return solved
+
+    def whole(self, least_rps: float, most_rps: float, node_limit: int = FEW_NODES) -> Any:
+        """HiGHS' answer in whole groups with a flow between these; ``x`` is None if it has none."""
+        matrix, least, most = self._matrix()
+        low, high = np.zeros(self._size), np.full(self._size, np.inf)
+        low[-1], high[-1] = least_rps / self.unit, most_rps / self.unit
+        whole = np.zeros(self._size)
+        whole[: self._num_counts] = 1
+        with no_chatter():
+            return milp(
+                self._cost,
+                constraints=LinearConstraint(matrix, least, most),
+                integrality=whole,
+                bounds=Bounds(low, high),
+                options={"node_limit": node_limit, "mip_rel_gap": GAP},
+            )
+
+    def _add(self, row: dict[int, float], *, most: float, least: float = -np.inf) -> None:
+        self._rows.append(row)
+        self._least.append(least)
+        self._most.append(most)
+
+    def _matrix(self) -> tuple[Any, Any, Any]:
+        at = [(number, column) for number, row in enumerate(self._rows) for column in row]
+        values = [value for row in self._rows for value in row.values()]
+        matrix = csr_matrix((values, tuple(zip(*at, strict=True))), shape=(len(self._rows), self._size))
+        return matrix, np.array(self._least), np.array(self._most)
