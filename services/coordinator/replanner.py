@@ -27,7 +27,7 @@ from hexgen2.coordinator.replan import (
     workload_now,
 )
 from hexgen2.device_factors import Factors, device_factors, further
-from hexgen2.errors import HexgenError
+from hexgen2.errors import HexgenError, ReplicaMismatch
 from hexgen2.forecast import LSTM, SEASONAL, seasonal
 from hexgen2.observed import Slo
 from hexgen2.placement import Placement
@@ -95,9 +95,14 @@ class Replanner:
             while True:
                 try:
                     await self.look()
+                except ReplicaMismatch as error:
+                    # Somebody went meanwhile: the next look sees who.
+                    log.warning("replan_overtaken", reason=str(error))
                 except HexgenError as error:
+                    # What cannot be planned now is not tried at every look, also for replicas that are gone.
                     log.error("replan_failed", reason=str(error))
-                    self._plan = replace(self._plan, settled_s=self._clock() + self._config.interval_s)
+                    there, settled_s = self._situation().there, self._clock() + self._config.interval_s
+                    self._plan = replace(self._plan, replicas=self._plan.replicas & there, settled_s=settled_s)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._config.bucket_s):
                         await self._service.members_changed()
