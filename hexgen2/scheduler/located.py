@@ -122,6 +122,13 @@ def _columns(judge: Judge, groups: Iterable[Group]) -> list[Column]:
     return found
 
 
+def _prefill_gpus(columns: Sequence[Column], pool: int, less: int) -> dict[int, float]:
+    """GPUs of a pool in prefill groups, less those of another pool, by column."""
+    counts = [dict(column.group.parts) if column.group.role == PREFILL else {} for column in columns]
+    rows = ((number, float(each.get(pool, 0) - each.get(less, 0))) for number, each in enumerate(counts))
+    return {number: value for number, value in rows if value}
+
+
 def alike(fabric: Fabric) -> list[tuple[int, int]]:
     """First pools of machines, each with that of the next machine that is like it in everything but its name."""
     if fabric.cluster.machine_links:
@@ -194,12 +201,7 @@ class _Program:
             self._add({prefill + m: 1.0, decode + m: -1.0}, least=-card, most=card)
         # Machines that are alike may change places, so those with more GPUs of a pool in prefill come first.
         for one, other in alike(fabric):
-            row: dict[int, float] = {}
-            for number, column in enumerate(columns):
-                counts = dict(column.group.parts)
-                if column.group.role == PREFILL and (more := counts.get(other, 0) - counts.get(one, 0)):
-                    row[number] = float(more)
-            self._add(row, most=0.0)
+            self._add(_prefill_gpus(columns, other, one), most=0.0)
         for number, members in enumerate(kinds.values(), start=len(columns)):
             self._add({number: 1.0, **dict.fromkeys(members, -1.0)}, least=0.0, most=0.0)
         self._cost = np.zeros(self._size)
