@@ -190,7 +190,9 @@ def _coordinator(deployment: Deployment) -> Service:
     service = _service("control", "", Caller.COORDINATOR, command, check, config.drain_s)
     service["depends_on"] = {"certs": _COMPLETED}
     if deployment.planned:
-        service["volumes"].append(f"./{deployment.file('plan.yaml')}:{PLAN}:ro")
+        # A plan that is missing is to be an error, not a folder that somebody makes.
+        plan = {"type": "bind", "source": f"./{deployment.file('plan.yaml')}", "target": PLAN, "read_only": True}
+        service["volumes"].append(plan | {"bind": {"create_host_path": False}})
     return service
 
 
