@@ -1,6 +1,6 @@
 """What numba compiles for ``kernels``, when this is imported. Integers are 64-bit and wrap.
 
-A word is loaded once, so that what is summed up is what is stored. Words go by pairs: of 64 bits, whose halves are
+What is summed up is what is stored: the word itself, or the copy. Words go by pairs: of 64 bits, whose halves are
 multiplied by halves without being rearranged first, as AVX2 and its like can.
 """
 
@@ -13,6 +13,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _STRIDED = "void(int64[::1], intp, intp, int32[::1], UniTuple(int64, 4), UniTuple(int64, 6), int64, int64)"
+#: Copied before it is summed up, of all heads together.
+_BLOCK_BYTES = 16 << 10
 _PIECES = "void(int64[::1], int64[:, ::1], int32[::1], int64)"
 
 
@@ -42,23 +44,59 @@ def _move(to: Any, of: Any, factors: Any, num_pairs: Any) -> Any:
     return low + high
 
 
+@njit(nogil=True)
+def _copy(to: Any, of: Any, num_pairs: Any) -> None:
+    words = carray(_pointer(of), (num_pairs,), np.int64)
+    copy = carray(_pointer(to), (num_pairs,), np.int64)
+    for i in range(num_pairs):
+        copy[i] = words[i]
+
+
+@njit(nogil=True)
+def _sum(of: Any, factors: Any, num_pairs: Any) -> Any:
+    """As ``_move``, of what is there already."""
+    words = carray(_pointer(of), (num_pairs,), np.int64)
+    low = np.int64(0)
+    high = np.int64(0)
+    for i in range(num_pairs):
+        pair = words[i]
+        factor = factors[i]
+        low += np.int64(np.int32(pair)) * np.int64(np.int32(factor))
+        high += (pair >> 32) * (factor >> 32)
+    return low + high
+
+
 def _copy_and_sum(
     sums: Any, dst: Any, src: Any, multipliers: Any, shape: Any, strides: Any, base: Any, step: Any
 ) -> None:
-    """Addresses and strides (of head, part and row; of ``dst``, then of ``src``) in bytes, the row's width in pairs."""
+    """Addresses and strides (of head, part and row; of ``dst``, then of ``src``) in bytes, the row's width in pairs.
+
+    Short rows are copied some at a time, heads innermost: in the engine's layout the heads of a token lie side by side.
+    Then each head's are summed up where they lie in a run, in the L1 cache: a sum of its own for each row would cost
+    more than the row.
+    """
     heads, parts, rows, width = shape
     dst_head, dst_part, dst_row, src_head, src_part, src_row = strides
     factors = multipliers[: 2 * parts * rows * width].view(np.int64)
+    some = max(1, _BLOCK_BYTES // (heads * width * 8)) if dst_row == 8 * width else 1
     for head in range(heads):
         sums[head] = base + head * step
     for part in range(parts):
-        for row in range(rows):
-            at = (part * rows + row) * width
-            # Heads are innermost: in the engine's layout the heads of a token lie side by side.
+        for first in range(0, rows, some):
+            last = min(rows, first + some)
+            at, size = (part * rows + first) * width, (last - first) * width
+            to = dst + part * dst_part
+            of = src + part * src_part
+            if last - first == 1:
+                for head in range(heads):
+                    to_row, of_row = to + head * dst_head + first * dst_row, of + head * src_head + first * src_row
+                    sums[head] += _move(to_row, of_row, factors[at : at + size], size)
+                continue
+            for row in range(first, last):
+                for head in range(heads):
+                    _copy(to + head * dst_head + row * dst_row, of + head * src_head + row * src_row, width)
             for head in range(heads):
-                to = dst + head * dst_head + part * dst_part + row * dst_row
-                of = src + head * src_head + part * src_part + row * src_row
-                sums[head] += _move(to, of, factors[at : at + width], width)
+                sums[head] += _sum(to + head * dst_head + first * dst_row, factors[at : at + size], size)
 
 
 def _move_pieces(sums: Any, pieces: Any, multipliers: Any, step: Any) -> None:
