@@ -6,7 +6,7 @@ multiplicative decrease, as congestion control in networks), with a band between
 """
 
 from dataclasses import dataclass, replace
-from statistics import quantiles
+from statistics import fmean
 
 #: Where nothing changes: between this part of the limit of time per token, and the limit.
 CALM = 0.85
@@ -15,8 +15,6 @@ CUT_SEQS, CUT_TOKENS = 0.85, 0.7
 RAISE_PART, RAISE_TOKENS_PART = 0.05, 0.15
 #: Intervals after a cut in which nothing else is cut: requests that were admitted before still run.
 HOLD = 4
-#: Of the gaps between tokens in an interval, the one that counts: nine of ten are no longer.
-DECILE = 9
 #: Gaps, and first tokens, of one interval that are looked at.
 MAX_SEEN = 4096
 
@@ -31,8 +29,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of one interval: the gap between tokens that nine of ten kept to, the longest wait for a first token (both 0:
-    none was seen), requests in the engine, those that wait for it, and whether prompts were computed."""
+    """Of one interval: the mean gap between tokens, which time per output token is the mean of; the longest wait for a
+    first token (both 0: none was seen); requests in the engine and those that wait for it; whether it computed prompts.
+    """
 
     tpot_s: float = 0.0
     ttft_s: float = 0.0
@@ -116,5 +115,5 @@ class Pace:
         """What was seen since the last time."""
         gaps, self._gaps_s = self._gaps_s, []
         firsts, self._firsts_s = self._firsts_s, []
-        tpot_s = quantiles(gaps, n=10)[DECILE - 1] if len(gaps) > 1 else (gaps[0] if gaps else 0.0)
+        tpot_s = fmean(gaps) if gaps else 0.0
         return Seen(tpot_s, max(firsts, default=0.0), num_running, num_waiting, prefilling=bool(firsts))
