@@ -115,6 +115,11 @@ proto-check: $(INSTALLED) ## whether hexgen2/v1 is what protos/ generates
 	  || { echo "hexgen2/v1 is not what protos/ generates: run make proto"; exit 1; }; \
 	echo "generated stubs are up to date"
 
+.PHONY: docs
+docs: $(INSTALLED) ## write the references in docs/ (configuration, API, schemas) from the code
+	$(BIN)/python -m hexgen2.cli.reference
+	$(BIN)/python -m hexgen2.schemas
+
 .PHONY: image
 image: # the code itself, above what `install` has installed; compiled, since the one who runs it may not write there
 	$(PIP) install --no-compile --no-deps --force-reinstall .

@@ -67,7 +67,7 @@ def service_command(
 
     ``argument`` is the field that may be given without a flag.
     """
-    places = {place: field for place, field in _leaves(cls) if place[-1] != ROLE}
+    places = {place: field for place, field in leaves(cls) if place[-1] != ROLE}
     names = {_parameter(place): place for place in places}
     fixed = {ROLE: name} if ROLE in cls.model_fields else {}
 
@@ -120,7 +120,7 @@ def merge(cls: type[C], config: Path | None, given: Mapping[Place, str], fixed: 
     return build(cls, data, where)
 
 
-def _leaves(cls: type[BaseModel], place: Place = ()) -> Iterator[tuple[Place, FieldInfo]]:
+def leaves(cls: type[BaseModel], place: Place = ()) -> Iterator[tuple[Place, FieldInfo]]:
     """Every field that holds a plain value. Of a union's members, a field that several have appears once."""
     for name, field in cls.model_fields.items():
         inner = (*place, name)
@@ -136,7 +136,7 @@ def _leaves(cls: type[BaseModel], place: Place = ()) -> Iterator[tuple[Place, Fi
             kinds = tuple(str(member.model_fields[KIND].default) for member in members)
             found[*inner, KIND] = FieldInfo(annotation=Literal[kinds], default=kinds[0])  # type: ignore[arg-type]
         for member in members:
-            for at, leaf in _leaves(member, inner):
+            for at, leaf in leaves(member, inner):
                 found.setdefault(at, leaf)
         yield from found.items()
 
