@@ -83,9 +83,15 @@ def configuration() -> str:
     return "\n".join(parts)
 
 
-def _row(place: tuple[str, ...], field: FieldInfo) -> str:
+def _row(place: tuple[str | int, ...], field: FieldInfo) -> str:
     default = REQUIRED if field.is_required() else _default(field)
-    cells = (f"`{'.'.join(place)}`", f"`{flag_name(place)}`", default, _limits(field), field.description or "")
+    cells = (
+        f"`{'.'.join(map(str, place))}`",
+        f"`{flag_name(place)}`",
+        default,
+        _limits(field),
+        field.description or "",
+    )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

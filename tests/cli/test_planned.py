@@ -29,6 +29,7 @@ from hexgen2.rpc.plan_convert import gateway_from_proto, plan_from_proto
 from tests.eventually import eventually_async
 from tests.models import make_tiny_llama
 from tests.placements import mixed, placement, planned_replica, stage, write
+from tests.test_examples import run as run_example
 
 DEADLINE_S = 60.0
 ADDRESSES = Addresses("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3")
@@ -158,6 +159,11 @@ async def test_a_planned_fleet_routes_by_its_flow_over_two_gateways_and_says_how
         assert "1 of 2/s" in told
         assert "0.5 s" in told
         assert "c alone" in told
+
+        # The examples ask it.
+        told = await run_example("grpc_client", fleet.grpc_address)
+        assert "tokens by " in told
+        assert "32 tokens" in await run_example("http_stream", fleet.http_url)
 
         # Another plan: p and d change over, nothing is started anew, and what is asked meanwhile is answered.
         pids = {process.name: process.pid for process in fleet.processes}
