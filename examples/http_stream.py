@@ -1,4 +1,4 @@
-"""Stream an answer over the OpenAI-compatible API, with httpx alone: ``python examples/http_stream.py [URL] [PROMPT]``."""
+"""Stream an answer over the OpenAI-compatible API: ``python examples/http_stream.py [URL] [PROMPT]``."""
 
 import asyncio
 import json
