@@ -128,7 +128,7 @@ async def run(way: str, asked: list[Asked], seconds: float, tokenizer: Path) -> 
     answered: list[Answered] = []
     failed = 0
 
-    async def ask(stub: gateway_pb2_grpc.GatewayAsyncStub, each: Asked, began: float, random: Random) -> None:
+    async def ask(stub: "gateway_pb2_grpc.GatewayAsyncStub", each: Asked, began: float, random: Random) -> None:
         nonlocal failed
         await asyncio.sleep(max(0.0, began + each.at_s - perf_counter()))
         sampling = Sampling(max_tokens=each.output_tokens, temperature=0.0, ignore_eos=True)

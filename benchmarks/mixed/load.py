@@ -92,7 +92,7 @@ async def measure(addresses: Sequence[str], load: Load) -> Measured:
     )
 
 
-async def _ask(stub: gateway_pb2_grpc.GatewayAsyncStub, load: Load, random: Random) -> Ended:
+async def _ask(stub: "gateway_pb2_grpc.GatewayAsyncStub", load: Load, random: Random) -> Ended:
     sampling = Sampling(max_tokens=load.output_tokens, temperature=0.0, ignore_eos=True)
     request = gateway_pb2.GenerateRequest(sampling=sampling_to_proto(sampling))
     request.prompt_token_ids.ids.extend(random.randrange(3, VOCABULARY) for _ in range(load.prompt_tokens))
