@@ -94,6 +94,13 @@ $(CHECKS)/.installed: Makefile
 	$(CHECKS)/bin/python -m pip install --quiet --disable-pip-version-check $(DEPLOY_TOOLS)
 	touch $@
 
+AUDIT := build/audit
+
+.PHONY: audit
+audit: ## known vulnerabilities of the pinned packages (asks a database on the network)
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	$(AUDIT)/bin/pip-audit --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
 .PHONY: format
 format: $(INSTALLED) ## put the code into its format and mend what lint can mend
 	$(BIN)/ruff format

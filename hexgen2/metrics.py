@@ -112,6 +112,9 @@ HTTP_CONNECTIONS_CLOSED = Counter(
     "HTTP connections closed because they brought no request, or took no answer.",
     ["reason"],
 )
+REQUESTS_FAILED = Counter(
+    "hexgen2:requests_failed", "Requests that ended with an error, refused ones included, by its kind.", ["error"]
+)
 API_REQUESTS = Counter(
     "hexgen2:api_requests", "Requests by the name of their API key and how it was taken.", ["key", "outcome"]
 )

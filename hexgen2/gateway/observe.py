@@ -156,6 +156,8 @@ def is_clients_fault(error: BaseException) -> bool:
 
 def _failed(span: Span, error: BaseException) -> None:
     span.set_attribute("error.type", type(error).__name__)
+    if isinstance(error, HexgenError):
+        metrics.REQUESTS_FAILED.labels(type(error).__name__).inc()
     if is_clients_fault(error):
         return
     if isinstance(error, Exception):

@@ -41,8 +41,8 @@ class Guard:
     def opened(self, transport: asyncio.Transport) -> None:
         """A connection is there; the one that has waited longest makes room for it, maybe itself."""
         self._open += 1
-        # Whatever the kernel does not take at once counts as unread.
-        transport.set_write_buffer_limits(high=0)
+        # Whatever the kernel does not take at once counts as unread. Not 0: over TLS an empty buffer would be full.
+        transport.set_write_buffer_limits(high=1)
         self.wait(transport)
         if self._open > self._limits.max_connections:
             self._close(next(iter(self._waiting)), "too_many")

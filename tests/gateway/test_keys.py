@@ -63,6 +63,10 @@ def spans_in(home: Path) -> str:
     return "".join(path.read_text() for path in home.rglob("*.jsonl"))
 
 
+def refused(error: str) -> float:
+    return float(metrics.REQUESTS_FAILED.labels(error)._value.get())
+
+
 def counted(key: str, outcome: str) -> float:
     return float(metrics.API_REQUESTS.labels(key, outcome)._value.get())
 
@@ -128,12 +132,15 @@ async def test_a_key_has_its_own_limit_of_size(folder: Path, file: Path) -> None
     small, large = add_key(file, "small", max_body_bytes=100), add_key(file, "large")
     async with house(folder, api_keys=file) as made:
         made.answers("abc")
+        before = refused("BodyTooLarge"), refused("InvalidRequest")
         long = "x" * 60
         assert (await post(made, small, prompt=long, user="u" * 100)).status_code == 413
         assert (await post(made, large, prompt="x", user="u" * 100)).status_code == 200
         assert (await post(made, small)).status_code == 200
         assert await generate(made, small, "x" * 101) == "INVALID_ARGUMENT"
         assert await generate(made, small) == "OK"
+        # Counted, whichever way it came.
+        assert sum((refused("BodyTooLarge"), refused("InvalidRequest"))) == sum(before) + 2
 
 
 async def test_changes_of_the_file_count_at_once(folder: Path, file: Path) -> None:

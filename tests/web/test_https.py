@@ -1,0 +1,52 @@
+"""HTTPS that asks for certificates: who gets an answer, and that who gets none keeps nobody from it."""
+
+import ssl
+from typing import Any
+
+import httpx
+import pytest
+
+from hexgen2.config import TlsConfig
+from hexgen2.web.server import HttpServer
+from tests.certificates import Authority
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def context(ca: TlsConfig, own: TlsConfig | None) -> ssl.SSLContext:
+    made = ssl.create_default_context(cafile=str(ca.ca))
+    if own is not None:
+        made.load_cert_chain(own.cert, own.key)
+    return made
+
+
+async def get(address: str, verify: ssl.SSLContext, scheme: str = "https") -> str:
+    async with httpx.AsyncClient(verify=verify, trust_env=False) as http:
+        try:
+            return (await http.get(f"{scheme}://{address}/")).text
+        except httpx.TransportError:
+            return "no connection"
+
+
+@pytest.mark.parametrize("who", ["nobody", "expired", "stranger", "plain"])
+async def test_without_a_good_certificate_there_is_no_answer_and_others_have_theirs(
+    who: str, authority: Authority, stranger: Authority
+) -> None:
+    trusted = authority.config("client")
+    own = {
+        "nobody": None,
+        "expired": authority.config("expired"),
+        "stranger": stranger.config("gateway"),
+        "plain": None,
+    }
+    server = HttpServer(app, "127.0.0.1:0", authority.files("gateway"), client_certs=True)
+    address = await server.start()
+    try:
+        refused = await get(address, context(trusted, own[who]), "http" if who == "plain" else "https")
+        assert refused == "no connection"
+        assert await get(address, context(trusted, trusted)) == "ok"
+    finally:
+        await server.stop()
