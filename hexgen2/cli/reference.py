@@ -35,6 +35,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "HEXGEN2_API_KEY": "the API key that `hexgen2 generate` shows",
     "HEXGEN2_LOG_LEVEL": "`DEBUG`, `INFO` (default), `WARNING` or `ERROR`",
     "HEXGEN2_TLS": "the folder of certificates that commands show (`--tls`)",
+    "UCX_NET_DEVICES, UCX_TLS": "which devices and transports UCX may use",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "where spans go instead of to files; OpenTelemetry's other variables count as well",
 }
 
