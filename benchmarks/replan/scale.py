@@ -6,6 +6,7 @@ CPU that it takes. Workers are reporters in a few processes, since engines would
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import structlog
 
 import hexgen2
+from hexgen2.placement import Placement, ReplicaPlan, RoutePlan, StagePlan, to_yaml
 from hexgen2.plan import GatewayLoad, Load, Measured, Replica, ReplicaState, Role, RouteLoad
 from hexgen2.routing import Router
 from hexgen2.rpc import plan_convert as convert
@@ -67,6 +70,8 @@ class Scale:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def scale(workers: int, seconds: float, as_json: bool) -> None:
     """Reports, plan watch and routing with many workers under one coordinator."""
+    # Every change of plan is a line otherwise.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     found = asyncio.run(run(workers, seconds))
     if as_json:
         click.echo(json.dumps(asdict(found), indent=1))
@@ -78,7 +83,9 @@ def scale(workers: int, seconds: float, as_json: bool) -> None:
 async def run(workers: int, seconds: float) -> Scale:
     """Start the coordinator and everybody, look for so many seconds, stop."""
     with tempfile.TemporaryDirectory(prefix="hexgen2-scale-") as folder:
-        async with _coordinator(Path(folder)) as (address, pid):
+        plan = Path(folder) / "plan.yaml"
+        plan.write_text(to_yaml(_placement(workers)), encoding="utf-8")
+        async with _coordinator(Path(folder), plan) as (address, pid):
             firsts = range(0, workers, PER_PROCESS)
             children = [_Child(address, first, min(PER_PROCESS, workers - first)) for first in firsts]
             try:
@@ -161,6 +168,52 @@ def _picks(watcher: PlanWatcher) -> float:
     return count / (time.perf_counter() - began)
 
 
+def _name(number: int) -> str:
+    return f"{'prefill' if number % 2 else 'decode'}-{number}"
+
+
+def _placement(workers: int) -> Placement:
+    """Every prefill replica hands over to two decode replicas: a largest flow has few routes, as planned ones do."""
+    prefill, decode = (tuple(n for n in range(workers) if n % 2 == odd) for odd in (1, 0))
+    stage = StagePlan(machine="m", gpu="any", tensor_parallel_size=1, first_layer=0, num_layers=32)
+    replicas = tuple(
+        ReplicaPlan(
+            id=_name(number),
+            role="prefill" if number % 2 else "decode",
+            stages=(stage,),
+            capacity_rps=2.0,
+            flow_rps=1.0,
+            utilisation=0.5,
+        )
+        for number in (*prefill, *decode)
+    )
+    routes = tuple(
+        RoutePlan(prefill=_name(p), decode=_name(decode[(i + j) % len(decode)]), flow_rps=0.5, transfer_s=0.01)
+        for i, p in enumerate(prefill)
+        for j in range(2)
+    )
+    return Placement(
+        cluster="none",
+        model="none",
+        workload="none",
+        kind="disaggregated",
+        why="by hand",
+        throughput_rps=float(len(prefill)),
+        bottleneck="none",
+        ttft_s=None,
+        tpot_s=0.05,
+        load_rps=1.0,
+        output_tokens_per_s=1.0,
+        strategy="by hand",
+        seed=0,
+        evaluations=0,
+        replicas=replicas,
+        routes=routes,
+        links=(),
+        idle=(),
+    )
+
+
 class _Child:
     """A process with ``count`` reporters from number ``first`` on."""
 
@@ -215,7 +268,7 @@ class _Worker:
         role = Role.PREFILL if number % 2 else Role.DECODE
         host = f"10.0.{number // 250}.{number % 250 + 1}"
         self.replica = Replica(
-            replica_id=f"{role}-{number}",
+            replica_id=_name(number),
             role=role,
             address=f"{host}:50000",
             model="m",
@@ -257,18 +310,18 @@ class _Worker:
 
 
 @asynccontextmanager
-async def _coordinator(folder: Path) -> AsyncIterator[tuple[str, int]]:
+async def _coordinator(folder: Path, plan: Path) -> AsyncIterator[tuple[str, int]]:
     """A coordinator's process: its address and id."""
     command = [sys.executable, "-m", "services.coordinator", "--listen", "127.0.0.1:0"]
-    command += ["--state-file", str(folder / "state.db")]
+    command += ["--state-file", str(folder / "state.db"), "--plan", str(plan)]
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, env=os.environ | {"HEXGEN2_HOME": str(folder)}
+        *command, stderr=asyncio.subprocess.PIPE, env=os.environ | {"HEXGEN2_HOME": str(folder)}
     )
-    assert process.stdout is not None
+    assert process.stderr is not None
     try:
         address = ""
         while not address:
-            line = await process.stdout.readline()
+            line = await process.stderr.readline()
             if not line:
                 raise RuntimeError("the coordinator ended")
             try:
@@ -276,7 +329,7 @@ async def _coordinator(folder: Path) -> AsyncIterator[tuple[str, int]]:
             except ValueError:
                 continue
             address = entry.get("address", "") if entry.get("event") == "ready" else ""
-        async with owned(_drain_pipe(process.stdout)):
+        async with owned(_drain_pipe(process.stderr)):
             yield address, process.pid
     finally:
         process.send_signal(signal.SIGTERM)
