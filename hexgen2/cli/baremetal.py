@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
 
+from hexgen2.config import Config
 from hexgen2.deploy.baremetal import Process, names_of, processes, roles_of
 from hexgen2.deploy.hosts_file import hosts_file, release_folder
 from hexgen2.deploy.systemd import unit
@@ -116,13 +118,21 @@ def _host(inventory: Inventory, file: Path, plan: Path, found: Sequence[Process]
     for process in found:
         text = unit(process, inventory.user, release_folder(release))
         (folder / "units" / process.unit).write_text(text, encoding="utf-8")
-        data = process.config.model_dump(mode="json", exclude_none=True)
-        settings = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        settings = yaml.safe_dump(_settings(process.config), sort_keys=False, allow_unicode=True)
         (folder / "etc" / f"{process.name}.yaml").write_text(settings, encoding="utf-8")
         if process.name == "coordinator":
             shutil.copyfile(plan, folder / "etc" / "plan.yaml")
         if process.name == "gateway" and inventory.api_keys is not None:
             write_file(folder / "etc" / "api-keys", (file.parent / inventory.api_keys).read_bytes(), 0o600)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What differs from the defaults: a release that is a little older knows no newer field."""
+    data = config.model_dump(mode="json", exclude_defaults=True)
+    if (engine := getattr(config, "engine", None)) is not None:
+        # Which engine it is decides what the other fields are.
+        data["engine"] = {"kind": engine.kind} | data.get("engine", {})
+    return data
 
 
 def _certificates(inventory: Inventory, found: Mapping[str, Sequence[Process]], output: Path) -> None:

@@ -76,7 +76,10 @@ def service_command(
         try:
             built = merge(cls, config, given, fixed)
         except ConfigError as error:
-            raise click.ClickException(str(error)) from error
+            problem = click.ClickException(str(error))
+            # As of every configuration that cannot be used: whoever starts this again need not try.
+            problem.exit_code = 2
+            raise problem from error
         run(built)
 
     file = click.Option(

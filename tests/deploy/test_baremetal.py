@@ -264,6 +264,9 @@ def test_every_unit_starts_a_process_that_can_read_its_configuration(tmp_path: P
         for part in (tls.ca, tls.cert, tls.key):
             assert (path.parent.parent / "etc" / part.relative_to("/etc/hexgen2")).is_file()
     assert len(list(rack.glob("files/*/units/*.service"))) == 7
+    # A release that is a little older reads it, too: it has no field that nobody asked for.
+    settings = yaml.safe_load((rack / "files" / "a" / "etc" / "coordinator.yaml").read_text())
+    assert set(settings) == {"listen", "metrics_listen", "plan", "state_file", "tls"}
 
 
 def _tls(config: Config) -> TlsConfig:
