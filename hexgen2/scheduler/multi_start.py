@@ -120,12 +120,15 @@ def hexgen2(problem: Problem, effort: Effort) -> Found:
         if roles == MIXED:
             bound_rps = one.bound_rps
     best = max(found, key=lambda each: each[1].flow * (1 + WORTH_CHANGING * (each[0] == "disaggregated")))
-    others = tuple((name, each.state, each.flow) for name, each in found if each is not best[1])
+    others = [(name, each.state, each.flow) for name, each in found if each is not best[1]]
+    # A search that began from another kind's plan may have it among its own runners-up.
+    told = {_key(state) for _, state, _ in others}
+    others += [each for each in best[1].others if _key(each[1]) not in told]
     return replace(
         best[1],
         bound_rps=bound_rps,
         evaluations=sum(each.evaluations for _, each in found),
-        others=tuple(sorted((*others, *best[1].others), key=lambda each: -each[2])),
+        others=tuple(sorted(others, key=lambda each: -each[2])),
     )
 
 

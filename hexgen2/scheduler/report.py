@@ -143,6 +143,13 @@ def picture(plan: Placement, cluster: Cluster) -> str:
     if len(cluster.machines) > MOST_MACHINES:
         left_out.append(f"{len(cluster.machines) - MOST_MACHINES} more machines")
     lines, omitted = _routes(plan, places)
+    # Above the lines, so that they can be read; the pointer goes through to what lies below.
+    numbers = "".join(
+        f'<text x="{x}" y="{at + 5}" font-size="13" fill="white" text-anchor="middle" pointer-events="none">'
+        f"{replica.rsplit('-', 1)[1]}</text>"
+        for replica, cells in places.items()
+        for x, at in cells
+    )
     if omitted:
         left_out.append(f"{omitted} thinner routes")
     if left_out:
@@ -150,7 +157,8 @@ def picture(plan: Placement, cluster: Cluster) -> str:
         y += HEAD
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {y:.0f}" width="{width:.0f}" '
-        f'font-family="system-ui, sans-serif" role="img" aria-label="cluster and flows">{"".join(parts)}{lines}</svg>'
+        f'font-family="system-ui, sans-serif" role="img" aria-label="cluster and flows">{"".join(parts)}{lines}'
+        f"{numbers}</svg>"
     )
 
 
@@ -173,13 +181,11 @@ def _machine(
         for i, owner in enumerate(cells):
             cx, cy = at.x + PAD + i % per_row * (CELL + GAP), y + i // per_row * (CELL + GAP)
             colour = COLOURS[owner.role if owner else "idle"]
-            number = owner.id.rsplit("-", 1)[1] if owner else ""
             tip = f"{owner.id}: {owner.flow_rps:.3g} of {owner.capacity_rps:.3g} requests/s" if owner else "idle"
             hot = f' stroke="{RED}" stroke-width="2.5"' if owner and owner.utilisation > 0.999 else ""
             inner.append(
                 f'<g><title>{escape(tip)}</title><rect x="{cx}" y="{cy}" width="{CELL}" height="{CELL}" rx="5" '
-                f'fill="{colour}"{hot}/><text x="{cx + CELL / 2}" y="{cy + 20}" font-size="13" fill="white" '
-                f'text-anchor="middle">{number}</text></g>'
+                f'fill="{colour}"{hot}/></g>'
             )
             if owner:
                 places.setdefault(owner.id, []).append((cx + CELL / 2, cy + CELL / 2))
