@@ -32,6 +32,12 @@ DIE_WITH_PARENT = "HEXGEN2_DIE_WITH_PARENT"
 ROLE, KIND = "role", "kind"
 
 
+class Unusable(click.ClickException):
+    """A configuration that cannot be used: whoever starts processes again need not try."""
+
+    exit_code = 2
+
+
 def run_service(name: str, cls: type[C], serve: Callable[[C], Coroutine[Any, Any, None]]) -> None:
     """The main program of a service: flags and file -> configuration -> ``serve`` until it returns, then exit.
 
@@ -76,10 +82,7 @@ def service_command(
         try:
             built = merge(cls, config, given, fixed)
         except ConfigError as error:
-            problem = click.ClickException(str(error))
-            # As of every configuration that cannot be used: whoever starts this again need not try.
-            problem.exit_code = 2
-            raise problem from error
+            raise Unusable(str(error)) from error
         run(built)
 
     file = click.Option(
