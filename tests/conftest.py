@@ -21,9 +21,12 @@ _PROCESSES = (
 )
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one of ``pytest -n``'s workers, and what starts processes to the same one, first."""
+    """Give each file to one of ``pytest -n``'s workers, and what starts processes to the same one, first.
+
+    Before pytest-xdist reads the groups.
+    """
     groups = {item: _group(item) for item in items}
     items.sort(key=lambda item: groups[item] != "processes")
     for item, group in groups.items():
