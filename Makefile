@@ -45,7 +45,7 @@ TEST_JOBS ?= 2
 
 .PHONY: test
 test: setup ## all tests
-	$(BIN)/pytest -n $(TEST_JOBS) --dist loadgroup --durations 25
+	$(BIN)/pytest -n $(TEST_JOBS) --durations 25
 
 .PHONY: check
 check: setup lint proto-check test ## formatting, lint, types, import rules, generated stubs, all tests

@@ -2,6 +2,8 @@
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.certificates import authority, stranger
 
@@ -13,28 +15,20 @@ settings.load_profile("untimed")
 
 #: Whole fleets and engines: one after the other, beside everything else, so that none of them starves another.
 _PROCESSES = (
-    "tests/chaos/",
-    "tests/fleet/",
-    "tests/cli/test_fleet",
-    "tests/cli/test_planned",
-    "tests/bench/test_netns",
+    *("tests/chaos/", "tests/fleet/", "tests/replan/", "tests/page/"),
+    *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns", "/test_vllm"),
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one of ``pytest -n``'s workers, and what starts processes to the same one, first.
+class _Scheduling(LoadScopeScheduling):
+    """A file is run by one of ``pytest -n``'s workers, and all that start processes by the same one."""
 
-    Before pytest-xdist reads the groups.
-    """
-    groups = {item: _group(item) for item in items}
-    items.sort(key=lambda item: groups[item] != "processes")
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "processes" if any(part in file for part in _PROCESSES) else file
 
 
-def _group(item: pytest.Item) -> str:
-    path = item.path.as_posix()
-    if item.get_closest_marker("vllm") or any(part in path for part in _PROCESSES):
-        return "processes"
-    return path
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """What ``pytest -n`` distributes tests by."""
+    return _Scheduling(config, log)
