@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 from benchmarks.paper.cell import CLASSES, LOAD, SCALES, Effort
@@ -167,6 +167,7 @@ def page(
         if any(key[0] == model for key in plain):
             lines += throughput(plain, model)
             lines += deadlines(plain, model)
+    lines += foretold(plain)
     lines += ablations(plain, special)
     if times:
         lines += ["## Seconds of planning", "", "| GPUs | here, s | paper, s |", "|---|---|---|"]
@@ -337,6 +338,27 @@ def deadlines(plain: Cells, model: str) -> list[str]:
                 times = f"{each['ttft_p50_s']:.2f} s, {each['tpot_p50_s'] * 1e3:.0f} ms"
                 cells.append(f"{each['online_rate']:.2f}/s: {told} ({times})")
             lines.append(f"| {cluster} | {system} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def foretold(plain: Cells) -> list[str]:
+    """What plans said of themselves, over what the simulator made of them."""
+    systems = (("ours", "hexgen2"), ("DistServe", "distserve"), ("HexGen", "hexgen"))
+    lines = ["## Planned over simulated throughput, less one", ""]
+    lines += ["Median over the clusters, least to most in brackets.", ""]
+    lines += [f"| model | workload | {' | '.join(name for name, _ in systems)} |", "|---|---|---|---|---|"]
+    for model in MODELS:
+        for workload in CLASSES:
+            cells = []
+            for _, system in systems:
+                errors = [
+                    each["planned_rps"] / each["offline_rps"] - 1
+                    for key, each in plain.items()
+                    if (key[0], key[1], key[3]) == (model, workload, system) and not each["error"]
+                ]
+                spread = f"{median(errors):+.0%} ({min(errors):+.0%} to {max(errors):+.0%})" if errors else ""
+                cells.append(spread)
+            lines.append(f"| {model} | {workload} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
