@@ -151,7 +151,9 @@ class FleetState:
         replica = replace(replica, role=self._role(replica, before))
         if before is not None and before.replica.incarnation != replica.incarnation:
             replaced = (*self._replaced.get(replica.replica_id, ()), before.replica.incarnation)
-            self._replaced[replica.replica_id] = replaced[-MAX_REPLACED:]
+            # One that was replaced may be there again, once its successor is lost.
+            others = [each for each in replaced if each != replica.incarnation]
+            self._replaced[replica.replica_id] = tuple(others[-MAX_REPLACED:])
         if self.leave_within_s(replica.replica_id, now_s, replica.incarnation) is not None:
             # It may not have heard of it yet.
             state = ReplicaState.DRAINING

@@ -228,6 +228,17 @@ def test_two_processes_with_one_id_and_address_are_told_apart_by_incarnation() -
     assert state.replan().replicas == (second,)
 
 
+def test_one_that_was_replaced_is_there_again_once_its_successor_is_lost() -> None:
+    state = fleet("p1", "d1")
+    assert state.report(replica("p1", incarnation="second"), READY, IDLE, 1.0) is Change.MEMBERS
+    state.expire(10.0)
+    for now_s in (11.0, 12.0):
+        state.report(replica("p1"), READY, IDLE, now_s)
+    assert states(state)["p1"] is READY
+    with pytest.raises(ReplicaConflict):
+        state.report(replica("p1", incarnation="second"), READY, IDLE, 13.0)
+
+
 def test_a_worker_that_stops_leaves_at_once_and_only_by_its_own_word() -> None:
     state = fleet("p1", "d1")
     assert state.report(replica("d1", incarnation="before"), STOPPED, IDLE, 1.0) is Change.NOTHING
