@@ -13,9 +13,10 @@ __all__ = ["authority", "stranger"]
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-#: Whole fleets and engines: one after the other, beside everything else, so that none of them starves another.
+#: Fleets that share the machine with faults or with vLLM: one after the other, beside everything else, so that none of
+#: them starves another.
 _PROCESSES = (
-    *("tests/chaos/", "tests/fleet/", "tests/replan/", "tests/page/"),
+    *("tests/chaos/", "tests/fleet/"),
     *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns", "/test_vllm"),
 )
 
