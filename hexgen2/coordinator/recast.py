@@ -7,12 +7,11 @@ is the choice of roles with the largest flow, and its routes; a role that change
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
 
-from hexgen2.placement import LinkPlan, Placement, ReplicaPlan, RoutePlan
+from hexgen2.placement import Placement, ReplicaPlan
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL
 from hexgen2.scheduler.kv_network import Replica, Routed
-from hexgen2.scheduler.present import USUAL_LOAD, wire_name
+from hexgen2.scheduler.present import USUAL_LOAD, kind_of, link_plans, mean_tpot_s, mean_ttft_s, route_plans
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.planned import Planned
 from hexgen2.simulator.settings import retold
@@ -128,44 +127,25 @@ def _placement(base: Placement, problem: Problem, roles: Roles, search: _Search)
     nodes = [search.node(name, roles[name]) for name in names]
     replicas = tuple(_replica(each, roles[each.id], flows[each.id], search) for each in base.replicas)
     load = problem.workload.rate or USUAL_LOAD * routed.rps
-    answering = [(each.flow_rps, each.tpot_s) for each in replicas if each.tpot_s is not None and each.flow_rps]
     placement = base.model_copy(
         update={
             "workload": problem.workload.name,
-            "kind": _kind(set(roles.values())),
+            "kind": kind_of(set(roles.values())),
             "why": "roles of the replicas that are there, for what is asked of them",
             "throughput_rps": routed.rps,
             "bottleneck": "the replicas there are",
             "bound_rps": None,
             "bound_method": None,
             "gap": None,
-            "ttft_s": _ttft_s(replicas, routed.rps, load),
-            "tpot_s": sum(flow * tpot_s for flow, tpot_s in answering) / max(sum(f for f, _ in answering), 1e-9),
+            "ttft_s": mean_ttft_s(replicas, routed.rps, load) or None,
+            "tpot_s": mean_tpot_s(replicas),
             "load_rps": load,
             "output_tokens_per_s": routed.rps * problem.workload.mean_output_tokens,
             "strategy": "recast",
             "evaluations": search.evaluations,
             "replicas": replicas,
-            "routes": tuple(
-                RoutePlan(
-                    prefill=names[i],
-                    decode=names[j],
-                    flow_rps=flow,
-                    transfer_s=network.transfer_s(nodes[i], nodes[j], codec),
-                    codec=codec,
-                )
-                for (i, j, flow), codec in zip(routed.routes, routed.codecs, strict=True)
-                if i != j
-            ),
-            "links": tuple(
-                LinkPlan(
-                    name=wire_name(problem.fabric, wire),
-                    bytes_per_s=used,
-                    bandwidth_bytes_per_s=limit,
-                    utilisation=used / limit,
-                )
-                for wire, used, limit in routed.wires
-            ),
+            "routes": route_plans(network, names, nodes, routed),
+            "links": link_plans(problem.fabric, routed),
             "runners_up": (),
         }
     )
@@ -188,22 +168,3 @@ def _replica(base: ReplicaPlan, role: str, flow: float, search: _Search) -> Repl
             "batch": found.batch if found is not None else None,
         }
     )
-
-
-def _kind(roles: set[str]) -> Literal["disaggregated", "colocated", "mixed"]:
-    if roles == {COLOCATED}:
-        return "colocated"
-    return "mixed" if COLOCATED in roles else "disaggregated"
-
-
-def _ttft_s(replicas: tuple[ReplicaPlan, ...], rps: float, load: float) -> float | None:
-    """As plans have it: a mean prompt's prefill and the wait of an M/D/1 queue; None where it is too much."""
-    waits = []
-    for each in replicas:
-        if each.prefill_s is not None and each.flow_rps > 0 and rps > 0:
-            busy = load * each.flow_rps / rps / each.capacity_rps
-            if busy >= 1:
-                return None
-            waits.append((each.flow_rps, each.prefill_s + busy / (2 * (1 - busy)) / each.capacity_rps))
-    total = sum(flow for flow, _ in waits)
-    return sum(flow * wait for flow, wait in waits) / total if total else None

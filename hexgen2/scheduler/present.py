@@ -1,5 +1,6 @@
 """From a state to a placement: names instead of numbers, routes, links, times, money and what binds."""
 
+from collections.abc import Sequence, Set
 from typing import Literal
 
 from hexgen2.placement import (
@@ -13,7 +14,7 @@ from hexgen2.placement import (
 )
 from hexgen2.scheduler.fabric import Fabric
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice
-from hexgen2.scheduler.kv_network import Routed, Wire
+from hexgen2.scheduler.kv_network import KvNetwork, Replica, Routed, Wire
 from hexgen2.scheduler.multi_start import Found
 from hexgen2.scheduler.problem import MIXED, WHOLE, Problem
 from hexgen2.scheduler.state import Group, State
@@ -45,18 +46,8 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
         for name, group, choice, flow in zip(names, groups, choices, flows, strict=True)
         if choice is not None
     )
-    routes = tuple(
-        RoutePlan(
-            prefill=names[i],
-            decode=names[j],
-            flow_rps=flow,
-            transfer_s=network.transfer_s(sender, receiver, codec),
-            codec=codec,
-        )
-        for (i, j, flow), codec in zip(routed.routes, routed.codecs, strict=True)
-        if i != j and (sender := replicas[i]) is not None and (receiver := replicas[j]) is not None
-    )
-    kind = _kind(state)
+    routes = route_plans(network, names, replicas, routed)
+    kind = kind_of({group.role for group in state.groups})
     bound, method = _bound(problem, found, state, roles)
     rps = routed.rps
     load = problem.workload.rate or USUAL_LOAD * rps
@@ -73,8 +64,8 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
         bound_rps=bound,
         bound_method=method,
         gap=max(0.0, 1.0 - rps / bound) if bound else None,
-        ttft_s=_ttft_s(planned, rps, load),
-        tpot_s=_mean([(each.flow_rps, each.tpot_s) for each in planned if each.tpot_s is not None]),
+        ttft_s=mean_ttft_s(planned, rps, load),
+        tpot_s=mean_tpot_s(planned),
         load_rps=load,
         output_tokens_per_s=tokens_per_s,
         price_per_hour=price,
@@ -84,15 +75,7 @@ def placement(problem: Problem, found: Found, strategy: str, seed: int, roles: t
         evaluations=found.evaluations,
         replicas=planned,
         routes=routes,
-        links=tuple(
-            LinkPlan(
-                name=wire_name(problem.fabric, wire),
-                bytes_per_s=used,
-                bandwidth_bytes_per_s=limit,
-                utilisation=used / limit,
-            )
-            for wire, used, limit in routed.wires
-        ),
+        links=link_plans(problem.fabric, routed),
         idle=tuple(
             IdlePlan(
                 machine=problem.fabric.cluster.machines[pool.machine].name,
@@ -151,8 +134,33 @@ def _replica(problem: Problem, name: str, role: str, choice: Choice, flow: float
     )
 
 
-def _kind(state: State) -> Literal["disaggregated", "colocated", "mixed"]:
-    roles = {group.role for group in state.groups}
+def route_plans(
+    network: KvNetwork, names: Sequence[str], replicas: Sequence[Replica | None], routed: Routed
+) -> tuple[RoutePlan, ...]:
+    """Of the flow between replicas; what stays within one has no route."""
+    return tuple(
+        RoutePlan(
+            prefill=names[i],
+            decode=names[j],
+            flow_rps=flow,
+            transfer_s=network.transfer_s(sender, receiver, codec),
+            codec=codec,
+        )
+        for (i, j, flow), codec in zip(routed.routes, routed.codecs, strict=True)
+        if i != j and (sender := replicas[i]) is not None and (receiver := replicas[j]) is not None
+    )
+
+
+def link_plans(fabric: Fabric, routed: Routed) -> tuple[LinkPlan, ...]:
+    """What each link carries."""
+    return tuple(
+        LinkPlan(name=wire_name(fabric, wire), bytes_per_s=used, bandwidth_bytes_per_s=limit, utilisation=used / limit)
+        for wire, used, limit in routed.wires
+    )
+
+
+def kind_of(roles: Set[str]) -> Literal["disaggregated", "colocated", "mixed"]:
+    """Of a plan with replicas in these roles."""
     if roles == {COLOCATED}:
         return "colocated"
     return "mixed" if COLOCATED in roles else "disaggregated"
@@ -205,7 +213,7 @@ def _bottleneck(problem: Problem, replicas: tuple[ReplicaPlan, ...], routed: Rou
     return " and ".join(busy) or "none"
 
 
-def _ttft_s(replicas: tuple[ReplicaPlan, ...], rps: float, load: float) -> float | None:
+def mean_ttft_s(replicas: Sequence[ReplicaPlan], rps: float, load: float) -> float | None:
     """Prefill of a mean prompt, and the wait of an M/D/1 queue at each replica's load; None if too much."""
     terms = []
     for each in replicas:
@@ -215,6 +223,11 @@ def _ttft_s(replicas: tuple[ReplicaPlan, ...], rps: float, load: float) -> float
                 return None
             terms.append((each.flow_rps, each.prefill_s + busy / (2 * (1 - busy)) / each.capacity_rps))
     return _mean(terms)
+
+
+def mean_tpot_s(replicas: Sequence[ReplicaPlan]) -> float:
+    """Weighted by the answers that each gives."""
+    return _mean([(each.flow_rps, each.tpot_s) for each in replicas if each.tpot_s is not None])
 
 
 def _mean(weighted: list[tuple[float, float]]) -> float:
@@ -239,7 +252,7 @@ def _runner_up(problem: Problem, name: str, state: State, flow: float) -> Runner
         parts = problem.fabric.composition(group.parts)
         text = f"{group.role}: " + " + ".join(f"{count} {kinds[kind].gpu}" for kind, count in parts)
         counts[text] = counts.get(text, 0) + 1
-    named = _kind(state) if name == "runner-up" else name
+    named = kind_of({group.role for group in state.groups}) if name == "runner-up" else name
     return RunnerUp(
         kind=named,
         throughput_rps=flow,

@@ -12,7 +12,7 @@ from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
 from hexgen2.simulator.step_times import Step
 
 #: Registered memory that reads land in: ``KvConfig.landing_bytes``.
-LANDING_BYTES = 64 << 20
+LANDING_BYTES = STAGING_BYTES - RESERVED_BYTES
 #: The pool of the role that a replica has not may take one part of its KV memory in so many.
 SPARE_PART = 8
 #: Prompt lengths (parts of the longest) and batches (multiples of the planned one) that times are told at.
@@ -49,7 +49,7 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
     other of the usual size, or for one longest prompt where KV memory is scarce.
     """
     problem, stages = planned.problem, planned.stages(replica.id)
-    llm, cost = problem.llm, problem.cost
+    llm = problem.llm
     limits = planned.replica(replica.id, replica.role).limits
     per_tokens = [
         stage.num_layers * llm.kv_bytes_per_token_layer / min(stage.tensor_parallel_size, llm.num_kv_heads)
@@ -61,11 +61,7 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
         max(other, planned.pool_tokens_of(replica.id, role)) if replica.role == role else other
         for role in (PREFILL, DECODE)
     )
-    least = float("inf")
-    for number, (stage, per_token) in enumerate(zip(stages, per_tokens, strict=True)):
-        room = cost.usable_bytes(stage.gpu) - cost.weight_bytes_per_gpu(stages, number)
-        pools = (send + staging) * per_token + LANDING_BYTES
-        least = min(least, (room - max(0.0, pools - STAGING_BYTES)) / per_token)
+    least = planned.kv_tokens(stages, send + staging)
     sequences = limits.max_num_seqs * (limits.num_lanes if replica.role != PREFILL else 1)
     if replica.batch is not None:
         # Room above the planned batch: lengths vary, and more of them fit when they are short.
