@@ -67,8 +67,9 @@ def _parts(trace: Trace, request: Span, placement: Placement | None) -> Iterator
     at_ns = request.start_ns
 
     def until(end_ns: int) -> float:
-        """Seconds from where the last part ended."""
+        """Seconds from where the last part ended. A worker may close its span after the client has all."""
         nonlocal at_ns
+        end_ns = min(end_ns, request.end_ns)
         seconds = max(0, end_ns - at_ns) / 1e9
         at_ns = max(at_ns, end_ns)
         return seconds

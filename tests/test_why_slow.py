@@ -127,6 +127,15 @@ def test_a_trace_without_its_workers_is_told_as_far_as_it_goes() -> None:
     assert [part.name for part in told.parts] == ["answer"]
 
 
+def test_a_worker_that_closes_its_span_late_adds_nothing_to_the_request() -> None:
+    whole = trace()
+    spans = tuple(
+        replace(each, end_ns=each.end_ns + 80 * MS) if each.name == "decode.engine" else each for each in whole.spans
+    )
+    told = why_slow(Trace(whole.trace_id, spans), plan())
+    assert sum(part.seconds for part in told.parts) == pytest.approx(told.seconds)
+
+
 @given(*(st.floats(0, 2000) for _ in range(4)))
 def test_the_parts_are_all_of_the_requests_time(a: float, b: float, c: float, d: float) -> None:
     told = why_slow(trace(a, b, c, d), plan())

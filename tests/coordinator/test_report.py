@@ -356,15 +356,16 @@ async def test_a_coordinator_that_falls_silent_is_noticed_by_keepalive(tmp_path:
 
 
 async def test_a_stalled_coordinator_does_not_take_its_workers_for_dead(tmp_path: Path) -> None:
-    async with process(tmp_path, lost_after_s=1.0) as stalled:
+    lost_after_s = 3.0
+    async with process(tmp_path, lost_after_s=lost_after_s) as stalled:
         address = str((await stalled.event("ready"))["address"])
         watcher = PlanWatcher(address)
         seen: list[dict[str, ReplicaState]] = []
         async with running(watcher, worker(address, "d1")):
-            await watcher.wait_ready(20)
+            await until(watcher, lambda: states(watcher) == {"d1": READY})
             stalled.send(signal.SIGSTOP)
             # Longer than lost_after_s; nothing but time can bring this about.
-            await asyncio.sleep(3)
+            await asyncio.sleep(lost_after_s + 2)
             stalled.send(signal.SIGCONT)
             await stalled.event("stalled")
             async with connected(address) as stub:

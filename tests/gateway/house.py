@@ -227,12 +227,14 @@ def rest(ids: list[int], finish: Any = STOP, *, then: BaseException | None = Non
     return script
 
 
-def fails(error: BaseException) -> Script:
-    """The call fails at once."""
+def fails(error: BaseException, after: Worker | None = None) -> Script:
+    """The call fails at once, or as soon as ``after`` has been called."""
 
     async def script(_: Any) -> AsyncGenerator[Any, None]:
         for _ in ():
             yield
+        if after is not None:
+            await after.called.wait()
         raise error
 
     return script

@@ -66,7 +66,7 @@ def lost_with_tokens_out(made: House) -> Script:
 async def test_prefill_lost_before_the_first_token_is_replaced(folder: Path, error: HexgenError) -> None:
     async with house(folder, prefills=2) as made:
         made.answers("ok")
-        bad = once(fails(error), made.prefills[0].script)
+        bad = once(fails(error, after=made.decodes[0]), made.prefills[0].script)
         made.prefills[0].script = made.prefills[1].script = bad
         made.decodes[0].script = once(silent, made.decodes[0].script)
         status, body = await ask(made)
@@ -85,7 +85,7 @@ async def test_prefill_lost_before_the_first_token_is_replaced(folder: Path, err
 async def test_the_only_prefill_is_lost_and_decode_serves_alone(folder: Path) -> None:
     async with house(folder) as made:
         made.answers("ok")
-        made.prefills[0].script = fails(LOST)
+        made.prefills[0].script = fails(LOST, after=made.decodes[0])
         made.decodes[0].script = once(silent, rest([*made.ids("ok"), EOS]))
         status, body = await ask(made)
         assert (status, answer_of(body)) == (200, "ok")
