@@ -80,7 +80,7 @@ def test_generate_as_json_can_be_traced(up: dict[str, str], environment: dict[st
     assert made["usage"]["completion_tokens"] == 4
     deadline = time.monotonic() + DEADLINE_S
     # Each process writes its own spans, when it comes to it.
-    while (as_json := last_trace(environment)).get("trace_id") != made["timing"]["trace_id"]:
+    while last_trace(environment).get("trace_id") != made["timing"]["trace_id"]:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     traced = run(environment, "trace", made["timing"]["trace_id"])
