@@ -21,7 +21,7 @@ from hexgen2.address import check_free, format_address, parse_address
 from hexgen2.cli.client import Access
 from hexgen2.cli.cpu_quota import quota
 from hexgen2.cli.fleet_config import FleetConfig
-from hexgen2.cli.members import COORDINATOR, GATEWAY, Addresses, members
+from hexgen2.cli.members import COORDINATOR, GATEWAY, Addresses, Place, members
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.config import TlsConfig
 from hexgen2.errors import ConfigError, HexgenError
@@ -50,9 +50,11 @@ class FleetError(HexgenError):
 
 
 class Fleet:
-    """See the module. ``run_dir`` receives configuration files and logs."""
+    """See the module. ``run_dir`` receives configuration files and logs. ``workers``: those that do not run here, by
+    their names.
+    """
 
-    def __init__(self, config: FleetConfig, run_dir: Path) -> None:
+    def __init__(self, config: FleetConfig, run_dir: Path, workers: Mapping[str, Place] | None = None) -> None:
         self.config = config
         self.run_dir = run_dir
         #: How this fleet is asked for its state.
@@ -66,7 +68,7 @@ class Fleet:
             )
             coordinator = _choose_port(config.coordinator, "coordinator", held)
             page = _page_port(config.page_listen, config.coordinator, held)
-        self.addresses = Addresses(coordinator, grpc_address, http_address, more, page)
+        self.addresses = Addresses(coordinator, grpc_address, http_address, more, page, workers or {})
         # Cores of the replicas that are held to a share, by name; the groups last as long as the processes.
         self._cores: dict[str, float] = {}
         self._quotas = ExitStack()
@@ -219,9 +221,9 @@ class Fleet:
             log_file = self.run_dir / f"{member.name}.log"
             if member.share is not None and member.share.cores:
                 self._cores[member.name] = member.share.cores
-            processes.append(
-                ServiceProcess(member.name, member.service, file, log_file, environment=member.environment)
-            )
+            place = self.addresses.workers.get(member.name)
+            launcher = place.launcher if place is not None else ()
+            processes.append(ServiceProcess(member.name, member.service, file, log_file, launcher, member.environment))
         return processes
 
 

@@ -37,14 +37,29 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker runs and listens: ``launcher`` goes before its command and must become it (``nsenter``...)."""
+
+    host: str
+    launcher: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where clients and workers come in; of gateways after the first, both addresses of each."""
+    """Where clients and workers come in; of gateways after the first, both addresses of each. Workers that have no
+    place of their own are where the coordinator is.
+    """
 
     coordinator: str
     grpc: str
     http: str
     more: tuple[tuple[str, str], ...] = ()
     page: str = ""
+    workers: Mapping[str, Place] = field(default_factory=dict)
+
+    def host_of(self, worker: str) -> str:
+        """Where a worker listens."""
+        return self.workers[worker].host if worker in self.workers else parse_address(self.coordinator)[0]
 
 
 def members(config: FleetConfig, addresses: Addresses, run_dir: Path) -> list[Member]:
@@ -123,7 +138,7 @@ def _worker(
     share: Share | None = None,
     planned: ReplicaPlan | None = None,
 ) -> Member:
-    host, _ = parse_address(addresses.coordinator)
+    host = addresses.host_of(name)
     settings = WorkerConfig.model_validate(
         {
             "role": service,
