@@ -100,7 +100,7 @@ class OneFleet(Fleets):
             "model": self.model,
             "dtype": on_cpu.DTYPE,
             "max_model_len": 512,
-            "max_num_seqs": 16,
+            "max_num_seqs": 64,
             "max_num_batched_tokens": 512,
             "kv_cache_bytes": 768 * MIB,
         }

@@ -29,6 +29,8 @@ MOST_PARTS, MOST_LOOKED_AT = 2500, 10_000
 FEW_NODES, GAP = 50, 5e-4
 #: First this share of the nodes is spent on a good plan, which rules out many columns for the others.
 FIRST = 1 / 6
+#: A program that is solved again counts as so many nodes at least.
+LEAST_NODES = 50
 #: This near to the bound, a plan needs no more proof.
 CLOSE = 1e-3
 #: The known plan's flow is asked for less this share, so that rounding does not rule it out.
@@ -60,6 +62,9 @@ def located_bound(
     It keeps the first rows since no group's flow exceeds its rate, and sums to F since the shares of a group sum to
     one. Each layer's KV is made on one machine and read on one. On m it is made at P_m and read at D_m, so P_m - D_m
     at least leaves m, and D_m - P_m at least enters, and all of that passes m's card.
+
+    A plan that carries less than the program says, for the layers do not match, is refuted: its true flow is known, and
+    the program is asked for another one, as long as there are nodes left.
     """
     places = list(islice(all_parts(judge.fabric, limits), MOST_PARTS + 1))
     if len(places) > MOST_PARTS:
@@ -68,22 +73,31 @@ def located_bound(
     program = _Program(judge, columns)
     relaxed = program.relaxed()
     reduced = relaxed.lower.marginals[: len(columns)] * program.unit
-    best = None
-    for node_limit in (max(1, int(nodes * FIRST)), nodes):
+    best, refuted = None, list[State]()
+    node_limit = max(1, int(nodes * FIRST))
+    while nodes > 0:
         slack = -float(relaxed.fun) * program.unit - known_rps
         kept = [column for column, loss in zip(columns, reduced, strict=True) if loss <= slack + 1e-6 * known_rps]
-        smaller = _Program(judge, kept)
+        smaller = _Program(judge, kept, refuted)
         found = smaller.whole(known_rps * (1 - TOLERANCE), ceiling_rps, node_limit)
         state = _state(judge, kept, found)
         if found.mip_dual_bound is not None:
-            # Columns that were left out are in no plan better than the known one.
+            # Columns that were left out are in no plan better than the known one, nor is what was refuted.
             above = max(known_rps, -float(found.mip_dual_bound) * smaller.unit * SLACK)
             ceiling_rps = min(ceiling_rps, above)
-        if state is None or (rps := judge.verified(state)) <= known_rps:
+        if state is None:
             break
-        best, known_rps = state, rps
+        rps = judge.verified(state)
+        if rps <= known_rps and not _is_refuted(state, rps, -float(found.fun) * smaller.unit):
+            break
+        if rps > known_rps:
+            best, known_rps = state, rps
         if known_rps >= ceiling_rps * (1 - CLOSE):
             break
+        if _is_refuted(state, rps, -float(found.fun) * smaller.unit):
+            refuted.append(state)
+        nodes -= max(LEAST_NODES, int(found.mip_node_count or 0)) if refuted else 0
+        node_limit = nodes
     return ceiling_rps, best
 
 
@@ -155,14 +169,25 @@ def _state(judge: Judge, columns: Sequence[Column], found: Any) -> State | None:
     )
 
 
+def _is_refuted(state: State, rps: float, claimed_rps: float) -> bool:
+    """Whether a plan carries less than the program says, and can be told from all others by which groups it has: each
+    of them once, and no room for one more.
+    """
+    once = len(set(state.groups)) == len(state.groups)
+    full = all(any(state.free[pool] < count for pool, count in group.parts) for group in state.groups)
+    return rps < claimed_rps * (1 - CLOSE) and once and full
+
+
 class _Program:
-    """Variables: how many groups of each column, then of each (role, composition), then P_m, D_m, F and the objective.
+    """Variables: how many groups of each column, then of each (role, composition), then whether there are any of a
+    refuted plan's, then P_m, D_m, F and the objective.
 
     The second are sums of the first: HiGHS branches on them, which says more than one place of a group does. Rates are
     divided by a power of two near the largest, so that a change of the time unit changes no bit of the answer.
+    ``refuted``: plans that are no answers.
     """
 
-    def __init__(self, judge: Judge, columns: Sequence[Column]) -> None:
+    def __init__(self, judge: Judge, columns: Sequence[Column], refuted: Sequence[State] = ()) -> None:
         fabric = judge.fabric
         largest = max((column.rps for column in columns), default=1.0)
         self.unit = 2.0 ** frexp(largest)[1]
@@ -170,7 +195,11 @@ class _Program:
         for number, column in enumerate(columns):
             kinds[column.group.role, fabric.composition(column.group.parts)].append(number)
         machines = range(len(fabric.nic))
-        self._num_columns, self._num_counts = len(columns), len(columns) + len(kinds)
+        of_refuted = {group for state in refuted for group in state.groups}
+        marked = [number for number, column in enumerate(columns) if column.group in of_refuted]
+        #: Whole numbers, and those of them that are 0 or 1.
+        self._num_counts = len(columns) + len(kinds) + len(marked)
+        self._marks = {number: mark for mark, number in enumerate(marked, len(columns) + len(kinds))}
         prefill, decode = self._num_counts, self._num_counts + len(machines)
         split = decode + len(machines)
         self._size = split + 2
@@ -204,6 +233,15 @@ class _Program:
             self._add(_prefill_gpus(columns, other, one), most=0.0)
         for number, members in enumerate(kinds.values(), start=len(columns)):
             self._add({number: 1.0, **dict.fromkeys(members, -1.0)}, least=0.0, most=0.0)
+        for number, mark in self._marks.items():
+            # As many as there may be at most: of one GPU each.
+            self._add({number: 1.0, mark: -float(fabric.num_gpus)}, most=0.0)
+        for state in refuted:
+            # Not all of its groups, or another one beside them.
+            its, size = set(state.groups), float(len(state.groups))
+            row = {n: -size for n, each in enumerate(columns) if each.group not in its}
+            row |= {self._marks[n]: 1.0 for n, each in enumerate(columns) if each.group in its}
+            self._add(row, most=size - 1)
         self._cost = np.zeros(self._size)
         self._cost[-1] = -1.0
 
@@ -229,6 +267,7 @@ class _Program:
         matrix, least, most = self._matrix()
         low, high = np.zeros(self._size), np.full(self._size, np.inf)
         low[-1], high[-1] = least_rps / self.unit, most_rps / self.unit
+        high[list(self._marks.values())] = 1.0
         whole = np.zeros(self._size)
         whole[: self._num_counts] = 1
         with no_chatter():

@@ -79,3 +79,13 @@ def test_the_program_on_machines_is_a_bound_and_knows_slow_cards(
     # Columns that are in no better plan than a known one may be left out.
     again, _ = located_bound(case.judge, case.limits, SPLIT, ceiling, optimum, 500)
     assert optimum <= again <= bound * (1 + 1e-3)
+
+
+def test_a_plan_that_carries_less_than_the_program_says_is_refuted_and_another_asked_for() -> None:
+    case = problem([("L40", 1, 0.6), ("A100-SXM", 4, 1.25), ("A6000", 2, 1.25)], "opt-30b", "hphd")
+    _, optimum = exhaustive(case.judge, case.limits, SPLIT)
+    bound, plan = located_bound(case.judge, case.limits, SPLIT, case.bound(SPLIT).rps, 0.9 * optimum, 500)
+    # The first answer's layers do not match: it carries a fifth less than the program says.
+    assert plan is not None
+    assert case.judge.verified(plan) == pytest.approx(optimum, rel=1e-6)
+    assert optimum <= bound <= optimum * (1 + 1e-3)
