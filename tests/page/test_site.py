@@ -44,6 +44,30 @@ async def test_every_answer_has_the_headers_that_keep_it_safe(address: str) -> N
         assert head.headers["content-length"] == str(len(whole.content))
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 200) for host in ("localhost", "LOCALHOST:8001", "127.0.0.1:8001", "[::1]:8001", "[::1]", "10.0.0.7")),
+        *(
+            (host, 421)
+            for host in ("rebound.example.com", "rebound.example.com:8001", "localhost.example.com", "", "a b")
+        ),
+    ],
+)
+async def test_on_loopback_it_is_only_for_who_asks_for_this_machine(address: str, host: str, status: int) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{address}") as http:
+        answer = await http.get("/state.json", headers={"host": host})
+        assert answer.status_code == status
+        assert (status == 200) == ("compared" in answer.text)
+
+
+async def test_elsewhere_it_may_have_any_name() -> None:
+    async with page_served("0.0.0.0:0", fleet) as address:
+        port = address.rpartition(":")[2]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            assert (await http.get("/", headers={"host": "fleet.example.com"})).status_code == 200
+
+
 async def test_the_state_is_json_of_what_the_page_shows(address: str) -> None:
     async with httpx.AsyncClient(base_url=f"http://{address}") as http:
         state = (await http.get("/state.json")).json()

@@ -5,6 +5,7 @@ shows is no secret to who may see the fleet, and its address is the network's to
 """
 
 import asyncio
+import ipaddress
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from time import monotonic
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from hexgen2.address import parse_address
 from hexgen2.coordinator.page.html import page
 from hexgen2.coordinator.page.trend import EVERY_S, Trends
 from hexgen2.coordinator.page.view import Fleet, view
+from hexgen2.errors import ConfigError
 from hexgen2.web.guard import Limits
 from hexgen2.web.server import HttpServer
 from hexgen2.worker.aio import owned
@@ -55,10 +58,17 @@ class Answer:
 
 
 class Site:
-    """Answers of the page's paths. ``look`` says what the fleet is now, ``clock`` is for how old a rendering is."""
+    """Answers of the page's paths. ``look`` says what the fleet is now, ``clock`` is for how old a rendering is.
 
-    def __init__(self, look: Callable[[], Fleet], clock: Callable[[], float] = monotonic) -> None:
+    ``local``: only for who asks for this machine by ``localhost`` or an address, as its own people do. A name of
+    somebody else's that leads here comes from a page elsewhere, which would read this one (DNS rebinding).
+    """
+
+    def __init__(
+        self, look: Callable[[], Fleet], clock: Callable[[], float] = monotonic, *, local: bool = False
+    ) -> None:
         self._look = look
+        self._local = local
         self._clock = clock
         self._trends = Trends()
         self._files = {path: (_FOLDER / path.removeprefix("/")).read_bytes() for path in _FILES}
@@ -87,7 +97,10 @@ class Site:
         if scope["type"] != "http":
             # No WebSocket is opened.
             return
-        found = self.answer(scope["method"], scope["path"])
+        if self._local and not _is_this_machine(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
+            found = Answer(421, "text/plain", b"this page is served on localhost only: ask for it by that name\n")
+        else:
+            found = self.answer(scope["method"], scope["path"])
         headers = {**HEADERS, **found.headers, "content-type": found.kind, "content-length": str(len(found.body))}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": found.status, "headers": raw})
@@ -108,6 +121,21 @@ class Site:
         return msgspec.json.encode(view(self._look()))
 
 
+def _is_this_machine(host: str) -> bool:
+    """Whether a Host header (with a port or without) is ``localhost`` or an IP address."""
+    try:
+        name, _ = parse_address(host)
+    except ConfigError:
+        name = host.strip("[]")
+    if name.lower() == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 @asynccontextmanager
 async def page_served(listen: str, look: Callable[[], Fleet], limits: Limits = LIMITS) -> AsyncIterator[str]:
     """The page on ``listen`` (host:port, port 0 for any) for the length of a block; none when that is empty.
@@ -120,7 +148,8 @@ async def page_served(listen: str, look: Callable[[], Fleet], limits: Limits = L
     if not listen:
         yield ""
         return
-    site = Site(look)
+    host, _ = parse_address(listen, what="page_listen")
+    site = Site(look, local=host == "localhost" or (_is_this_machine(host) and ipaddress.ip_address(host).is_loopback))
     server = HttpServer(site, listen, limits=limits, what="page_listen")
     try:
         address = await server.start()
