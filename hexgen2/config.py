@@ -14,6 +14,8 @@ from hexgen2.kv.codecs import Codec
 
 GIB = 1 << 30
 MIB = 1 << 20
+#: Of the coordinator's page.
+PAGE_PORT = 8001
 
 
 def home() -> Path:

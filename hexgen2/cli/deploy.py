@@ -24,7 +24,7 @@ HEXGEN2_MODELS names a folder of models of your own instead of the volume `model
 #: How the file is used; a command and what it does.
 USES = (
     ("docker compose{file} up", "build the images, start everything"),
-    ("curl localhost:8000/v1/models", "OpenAI-compatible HTTP; gRPC is on 50051"),
+    ("curl localhost:8000/v1/models", "OpenAI-compatible HTTP; gRPC is on 50051, a page to look at on 8001"),
     ("docker compose{file} exec gateway hexgen2 trace last", "where the last request's time went"),
     (
         "COMPOSE_PROFILES=observability docker compose{file} up",

@@ -23,7 +23,7 @@ from hexgen2.cli.cpu_quota import quota
 from hexgen2.cli.fleet_config import FleetConfig
 from hexgen2.cli.members import COORDINATOR, GATEWAY, Addresses, Place, members
 from hexgen2.cli.process import ServiceProcess, died
-from hexgen2.config import TlsConfig
+from hexgen2.config import PAGE_PORT, TlsConfig
 from hexgen2.errors import ConfigError, HexgenError
 from hexgen2.plan import Plan, ReplicaState
 from hexgen2.rpc.client import channel
@@ -32,8 +32,6 @@ from hexgen2.rpc.plan_convert import plan_from_proto, status_from_proto
 from hexgen2.security.tls import load_tls
 from hexgen2.v1 import coordinator_pb2, coordinator_pb2_grpc
 
-#: Of the page, where it is free.
-PAGE_PORT = 8001
 #: How often a fleet that starts is looked at.
 LOOK_S = 0.2
 #: One look at one process.

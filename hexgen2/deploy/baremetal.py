@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from hexgen2.address import format_address
 from hexgen2.config import (
+    PAGE_PORT,
     Config,
     CoordinatorConfig,
     EmulatedEngineConfig,
@@ -201,6 +202,8 @@ def _coordinator(inventory: Inventory) -> Process:
     config = CoordinatorConfig(
         listen=_address(inventory),
         metrics_listen=format_address(host.address, inventory.ports.metrics),
+        # For people on that host, or through its SSH: it asks nobody for a key.
+        page_listen=format_address("127.0.0.1", PAGE_PORT),
         codec=inventory.codec,
         plan=Path(CONFIG / "plan.yaml"),
         state_file=Path(STATE / "coordinator.db"),

@@ -1,6 +1,7 @@
 """A compose file out of a fleet's configuration: one machine, one container per process. Pure.
 
-Inside its network every service listens on the same ports and is known by its name; the gateway alone is published.
+Inside its network every service listens on the same ports and is known by its name. Published to this machine alone are
+the gateway and the coordinator's page.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hexgen2.config import CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
+from hexgen2.config import PAGE_PORT, CoordinatorConfig, GatewayConfig, TlsConfig, WorkerConfig
 from hexgen2.config_flags import flags_of
 from hexgen2.security.callers import Caller
 
@@ -181,6 +182,7 @@ def _coordinator(deployment: Deployment) -> Service:
         update={
             "listen": f"0.0.0.0:{COORDINATOR_PORT}",
             "metrics_listen": f"0.0.0.0:{METRICS_PORT}",
+            "page_listen": f"0.0.0.0:{PAGE_PORT}",
             "tls": _tls(),
             "plan": Path(PLAN) if deployment.planned else None,
         }
@@ -188,6 +190,7 @@ def _coordinator(deployment: Deployment) -> Service:
     command = ["coordinator", *flags_of(config)]
     check = [f"127.0.0.1:{COORDINATOR_PORT}", TLS]
     service = _service("control", "", Caller.COORDINATOR, command, check, config.drain_s)
+    service["ports"] = [f"${{HEXGEN2_PAGE:-127.0.0.1:{PAGE_PORT}}}:{PAGE_PORT}"]
     service["depends_on"] = {"certs": _COMPLETED}
     if deployment.planned:
         # A plan that is missing is to be an error, not a folder that somebody makes.

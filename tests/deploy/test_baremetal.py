@@ -266,7 +266,7 @@ def test_every_unit_starts_a_process_that_can_read_its_configuration(tmp_path: P
     assert len(list(rack.glob("files/*/units/*.service"))) == 7
     # A release that is a little older reads it, too: it has no field that nobody asked for.
     settings = yaml.safe_load((rack / "files" / "a" / "etc" / "coordinator.yaml").read_text())
-    assert set(settings) == {"listen", "metrics_listen", "plan", "state_file", "tls"}
+    assert set(settings) == {"listen", "metrics_listen", "page_listen", "plan", "state_file", "tls"}
 
 
 def _tls(config: Config) -> TlsConfig:

@@ -105,13 +105,14 @@ def test_flags_say_what_differs_from_the_defaults() -> None:
     assert "--max-num-seqs" not in flags
 
 
-def test_nothing_but_the_gateway_is_published() -> None:
+def test_nothing_but_the_gateway_and_the_page_is_published() -> None:
     services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
     published = {name for name, service in services.items() if "ports" in service and "profiles" not in service}
-    assert published == {"gateway"}
+    assert published == {"gateway", "coordinator"}
+    assert services["coordinator"]["ports"] == ["${HEXGEN2_PAGE:-127.0.0.1:8001}:8001"]
     for service in services.values():
         for port in service.get("ports", ()):
-            assert port.startswith(("127.0.0.1:", "${HEXGEN2_HTTP:-127.0.0.1:", "${HEXGEN2_GRPC:-127.0.0.1:"))
+            assert re.match(r"127\.0\.0\.1:|\$\{HEXGEN2_(HTTP|GRPC|PAGE):-127\.0\.0\.1:", port)
 
 
 def test_each_replica_of_a_plan_has_its_gpus_and_sees_those_of_its_peers() -> None:
