@@ -139,6 +139,9 @@ def _worker(
     planned: ReplicaPlan | None = None,
 ) -> Member:
     host = addresses.host_of(name)
+    kv = config.kv if planned is None else planned_pools(config.kv, engine, planned)
+    if name in addresses.workers and "host" not in kv.model_fields_set:
+        kv = kv.model_copy(update={"host": host})
     settings = WorkerConfig.model_validate(
         {
             "role": service,
@@ -147,7 +150,7 @@ def _worker(
             "metrics_listen": format_address(host, 0),
             "coordinator": addresses.coordinator,
             "engine": engine,
-            "kv": config.kv if planned is None else planned_pools(config.kv, engine, planned),
+            "kv": kv,
             "slo_ttft_s": config.slo_ttft_s or (planned and planned.engine and planned.engine.slo_ttft_s),
             "slo_tpot_s": config.slo_tpot_s or (planned and planned.engine and planned.engine.slo_tpot_s),
             "tls": _tls(config, "worker"),
