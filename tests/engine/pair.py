@@ -86,6 +86,15 @@ class Pair:
                         take(answer, output)
         return answer
 
+    async def first(self, prompt: list[int], sampling: Sampling) -> SampledToken:
+        """By prefill's engine alone: what it says next."""
+        job = PrefillJob(secrets.token_hex(8), "", b"", tuple(prompt), sampling, False)
+        async with aclosing(self.prefill.run(job)) as made:
+            async for event in made:
+                if isinstance(event, FirstToken):
+                    return event.token
+        raise AssertionError("prefill said nothing")
+
     async def colocated(self, prompt: list[int], sampling: Sampling) -> Answer:
         """By decode's engine alone."""
         answer = Answer([], None)

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Mapping
+from math import exp
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from hexgen2.config import KvConfig, VllmEngineConfig
-from hexgen2.engine.base import Sampling
+from hexgen2.engine.base import SampledToken, Sampling
 from hexgen2.errors import ConfigError
 from hexgen2.kv.codecs import CODECS, transfer_bytes
 from hexgen2.kv.wire import KvShape, RankSlice
@@ -21,6 +23,7 @@ from tests.models import make_tiny_llama
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+LIKELIEST = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=20)
 
 
 def slice_of(rank: int, size: int, num_kv_heads: int, layers: Mapping[int, None]) -> RankSlice:
@@ -97,21 +100,39 @@ async def test_unlike_ranks_hand_over_to_each_other(
         assert (await workers.colocated(PROMPTS[1], GREEDY)).token_ids == alone[1]
 
 
+#: How far apart decode's next-token probabilities, in bfloat16 on handed-over KV, and prefill's own in float32 may be,
+#: in the mean of five tokens. On this model the codecs' own error is 0.06 at most with none and int8, 0.27 with fp8 and
+#: 0.53 with int4. A block of another prompt in 700 tokens makes 0.2 to 0.6, one layer of one chunk 0.18 to 0.7, a whole
+#: layer 0.42 and more, everything 0.78 and more.
+MOST_APART = {"none": 0.1, "int8": 0.1, "fp8": 0.35, "int4": 0.65}
+
+
+def apart(ours: SampledToken, theirs: SampledToken) -> float:
+    """Half of the sum of the differences between the probabilities that both give to the likeliest tokens: 0 to 1."""
+    a, b = ({each.token_id: exp(each.logprob) for each in token.top} for token in (ours, theirs))
+    assert len(a) == len(b) == LIKELIEST.logprobs
+    return sum(abs(a.get(token, 0.0) - b.get(token, 0.0)) for token in a.keys() | b.keys()) / 2
+
+
 @pytest.mark.slow
-async def test_unlike_dtypes_hand_over_to_each_other_in_any_codec(
-    three_heads: VllmEngineConfig, alone: list[list[int]]
-) -> None:
+async def test_unlike_dtypes_hand_over_to_each_other_in_any_codec(three_heads: VllmEngineConfig) -> None:
     kv = KvConfig(transport="tcp", send_bytes=8 << 20, staging_bytes=8 << 20, landing_bytes=1 << 20)
     decode = three_heads.model_copy(update={"dtype": "bfloat16"})
     async with pair(three_heads, decode, kv) as workers:
         shape = workers.prefill_engine.model.kv_shape
         assert shape.dtype == "float32"
         for codec in CODECS:
-            for prompt, expected in zip(PROMPTS, alone, strict=True):
-                answer = await workers.hand_over(prompt, GREEDY, codec)
-                # Later ones may differ: decode computes in bfloat16.
-                assert answer.token_ids[0] == expected[0]
-                assert len(answer.token_ids) == len(expected)
+            for prompt in PROMPTS:
+                answer = await workers.hand_over(prompt, LIKELIEST, codec)
+                assert len(answer.tokens) == LIKELIEST.max_tokens
+                # The first is prefill's own; each further one tells of all of the KV. Tokens may differ from what
+                # prefill would say, as decode computes in bfloat16: so both are asked what follows decode's.
+                off = [
+                    apart(token, await workers.first(prompt + answer.token_ids[:n], LIKELIEST))
+                    for n, token in enumerate(answer.tokens)
+                ]
+                assert off[0] < 1e-3
+                assert mean(off[1:]) < MOST_APART[codec], (codec, len(prompt), off)
                 assert answer.decode_cached == len(prompt)
                 assert answer.kv is not None
                 assert answer.kv.codec == codec
