@@ -1,15 +1,16 @@
 """The configuration program on machines: on small clusters a bound that knows network cards, and a plan that meets it.
 
 In `bound` a column is a composition; here it is a group on the machines that it stands on, with the strategy and the
-rate it has over their real links, so that the layers on each machine are known. Only the matching of layers between
-replicas, and hidden states on their way through pipelines, are left out.
+rate it has over their real links, so that the layers on each machine are known. The matching of layers between
+replicas is left out at first, and counted where plans turn out to carry less for it; hidden states on their way through
+pipelines are left out.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from math import frexp
 from typing import Any
 
@@ -20,7 +21,7 @@ from scipy.sparse import csr_matrix
 from hexgen2.scheduler.bound import SLACK, no_chatter
 from hexgen2.scheduler.columns import Limits, all_parts
 from hexgen2.scheduler.fabric import Composition, Fabric
-from hexgen2.scheduler.groups import COLOCATED, PREFILL
+from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL
 from hexgen2.scheduler.state import Group, Judge, State
 
 #: With more places for a group than this the program takes too long; so many are looked through for a few of them.
@@ -31,6 +32,8 @@ FEW_NODES, GAP = 50, 5e-4
 FIRST = 1 / 6
 #: A program that is solved again counts as so many nodes at least.
 LEAST_NODES = 50
+#: With more columns than this layers are not matched: it takes too long.
+MOST_MATCHED = 1000
 #: This near to the bound, a plan needs no more proof.
 CLOSE = 1e-3
 #: The known plan's flow is asked for less this share, so that rounding does not rule it out.
@@ -39,11 +42,14 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A group with its rate, and the share of the model's layers on each machine."""
+    """A group with its rate, the share of the model's layers on each machine, and which they are: (machine, first,
+    end), in shares of the model.
+    """
 
     group: Group
     rps: float
     shares: tuple[tuple[int, float], ...]
+    spans: tuple[tuple[int, float, float], ...]
 
 
 def located_bound(
@@ -63,8 +69,9 @@ def located_bound(
     one. Each layer's KV is made on one machine and read on one. On m it is made at P_m and read at D_m, so P_m - D_m
     at least leaves m, and D_m - P_m at least enters, and all of that passes m's card.
 
-    A plan that carries less than the program says, for the layers do not match, is refuted: its true flow is known, and
-    the program is asked for another one, as long as there are nodes left.
+    A plan that carries less than the program says, for its layers do not match, is refuted: its true flow is known, and
+    the program is asked for another one, as long as there are nodes left, with the rows above for each part of the
+    layers that no group splits.
     """
     places = list(islice(all_parts(judge.fabric, limits), MOST_PARTS + 1))
     if len(places) > MOST_PARTS:
@@ -73,12 +80,13 @@ def located_bound(
     program = _Program(judge, columns)
     relaxed = program.relaxed()
     reduced = relaxed.lower.marginals[: len(columns)] * program.unit
-    best, refuted = None, list[State]()
+    best, refuted, matched = None, list[State](), False
     node_limit = max(1, int(nodes * FIRST))
-    while nodes > 0:
+    left = nodes + node_limit
+    while left > 0:
         slack = -float(relaxed.fun) * program.unit - known_rps
         kept = [column for column, loss in zip(columns, reduced, strict=True) if loss <= slack + 1e-6 * known_rps]
-        smaller = _Program(judge, kept, refuted)
+        smaller = _Program(judge, kept, refuted, matched=matched and len(kept) <= MOST_MATCHED)
         found = smaller.whole(known_rps * (1 - TOLERANCE), ceiling_rps, node_limit)
         state = _state(judge, kept, found)
         if found.mip_dual_bound is not None:
@@ -88,16 +96,19 @@ def located_bound(
         if state is None:
             break
         rps = judge.verified(state)
-        if rps <= known_rps and not _is_refuted(state, rps, -float(found.fun) * smaller.unit):
-            break
+        less = rps < -float(found.fun) * smaller.unit * (1 - CLOSE)
+        told_apart = _is_told_apart(state)
         if rps > known_rps:
             best, known_rps = state, rps
+        elif not less or (matched and not told_apart):
+            break
         if known_rps >= ceiling_rps * (1 - CLOSE):
             break
-        if _is_refuted(state, rps, -float(found.fun) * smaller.unit):
+        if less and told_apart:
             refuted.append(state)
-        nodes -= max(LEAST_NODES, int(found.mip_node_count or 0)) if refuted else 0
-        node_limit = nodes
+        matched = matched or less
+        left -= max(LEAST_NODES, int(found.mip_node_count or 0))
+        node_limit = min(nodes, left)
     return ceiling_rps, best
 
 
@@ -132,7 +143,8 @@ def _columns(judge: Judge, groups: Iterable[Group]) -> list[Column]:
         shares: dict[int, float] = defaultdict(float)
         for machine, first, end in replica.spans:
             shares[machine] += (end - first) / num_layers
-        found.append(Column(group, replica.rps, tuple(sorted(shares.items()))))
+        spans = tuple((machine, first / num_layers, end / num_layers) for machine, first, end in replica.spans)
+        found.append(Column(group, replica.rps, tuple(sorted(shares.items())), spans))
     return found
 
 
@@ -169,25 +181,25 @@ def _state(judge: Judge, columns: Sequence[Column], found: Any) -> State | None:
     )
 
 
-def _is_refuted(state: State, rps: float, claimed_rps: float) -> bool:
-    """Whether a plan carries less than the program says, and can be told from all others by which groups it has: each
-    of them once, and no room for one more.
-    """
+def _is_told_apart(state: State) -> bool:
+    """Whether no other plan has the same groups: each of them is there once, and there is no room for one more."""
     once = len(set(state.groups)) == len(state.groups)
-    full = all(any(state.free[pool] < count for pool, count in group.parts) for group in state.groups)
-    return rps < claimed_rps * (1 - CLOSE) and once and full
+    return once and all(any(state.free[pool] < count for pool, count in group.parts) for group in state.groups)
 
 
 class _Program:
     """Variables: how many groups of each column, then of each (role, composition), then whether there are any of a
-    refuted plan's, then P_m, D_m, F and the objective.
+    refuted plan's, then P_m, D_m, F and the objective, then (``matched``) the flow through each column and what leaves
+    and enters each machine of each part of the layers.
 
     The second are sums of the first: HiGHS branches on them, which says more than one place of a group does. Rates are
     divided by a power of two near the largest, so that a change of the time unit changes no bit of the answer.
     ``refuted``: plans that are no answers.
     """
 
-    def __init__(self, judge: Judge, columns: Sequence[Column], refuted: Sequence[State] = ()) -> None:
+    def __init__(
+        self, judge: Judge, columns: Sequence[Column], refuted: Sequence[State] = (), *, matched: bool = False
+    ) -> None:
         fabric = judge.fabric
         largest = max((column.rps for column in columns), default=1.0)
         self.unit = 2.0 ** frexp(largest)[1]
@@ -202,7 +214,7 @@ class _Program:
         self._marks = {number: mark for mark, number in enumerate(marked, len(columns) + len(kinds))}
         prefill, decode = self._num_counts, self._num_counts + len(machines)
         split = decode + len(machines)
-        self._size = split + 2
+        self._objective, self._size = split + 1, split + 2
         self._rows: list[dict[int, float]] = []
         self._least: list[float] = []
         self._most: list[float] = []
@@ -226,8 +238,9 @@ class _Program:
         for first in (prefill, decode):
             self._add({split: 1.0, **{first + m: -1.0 for m in machines}}, least=0.0, most=0.0)
         for m in machines:
-            card = judge.network.kv_rps(fabric.nic[m]) / self.unit
-            self._add({prefill + m: 1.0, decode + m: -1.0}, least=-card, most=card)
+            self._add({prefill + m: 1.0, decode + m: -1.0}, least=-self._card(judge, m), most=self._card(judge, m))
+        if matched:
+            self._match(judge, columns, {PREFILL: prefill, DECODE: decode})
         # Machines that are alike may change places, so those with more GPUs of a pool in prefill come first.
         for one, other in alike(fabric):
             self._add(_prefill_gpus(columns, other, one), most=0.0)
@@ -243,7 +256,39 @@ class _Program:
             row |= {self._marks[n]: 1.0 for n, each in enumerate(columns) if each.group in its}
             self._add(row, most=size - 1)
         self._cost = np.zeros(self._size)
-        self._cost[-1] = -1.0
+        self._cost[self._objective] = -1.0
+
+    def _card(self, judge: Judge, machine: int) -> float:
+        return judge.network.kv_rps(judge.fabric.nic[machine]) / self.unit
+
+    def _match(self, judge: Judge, columns: Sequence[Column], flows: Mapping[str, int]) -> None:
+        """Rows for each part of the layers that no group splits between machines: what is made there of it and not read
+        there leaves, what is read and not made enters. ``flows``: where P_m and D_m begin.
+        """
+        apart = [(n, each) for n, each in enumerate(columns) if each.group.role in flows]
+        flow_of = {n: self._size + k for k, (n, _) in enumerate(apart)}
+        self._size += len(apart)
+        ends = sorted({at for _, each in apart for _, first, end in each.spans for at in (first, end)})
+        parts = list(pairwise(ends))
+        for n, each in apart:
+            self._add({flow_of[n]: 1.0, n: -each.rps / self.unit}, most=0.0)
+        for m in range(len(judge.fabric.nic)):
+            for role, first in flows.items():
+                there = [(n, dict(each.shares).get(m, 0.0)) for n, each in apart if each.group.role == role]
+                row = {first + m: -1.0} | {flow_of[n]: share for n, share in there if share}
+                self._add(row, least=0.0, most=0.0)
+            leaves, enters = self._size, self._size + len(parts)
+            self._size += 2 * len(parts)
+            for k, (begin, end) in enumerate(parts):
+                made_less_read = {
+                    flow_of[n]: 1.0 if each.group.role == PREFILL else -1.0
+                    for n, each in apart
+                    if any(m == on and start <= begin and end <= stop for on, start, stop in each.spans)
+                }
+                self._add(made_less_read | {leaves + k: -1.0}, most=0.0)
+                self._add({n: -value for n, value in made_less_read.items()} | {enters + k: -1.0}, most=0.0)
+            for first in (leaves, enters):
+                self._add({first + k: end - begin for k, (begin, end) in enumerate(parts)}, most=self._card(judge, m))
 
     def relaxed(self) -> Any:
         """HiGHS' answer with fractions of groups. Raises ValueError."""
@@ -266,7 +311,7 @@ class _Program:
         """HiGHS' answer in whole groups with a flow between these; ``x`` is None if it has none."""
         matrix, least, most = self._matrix()
         low, high = np.zeros(self._size), np.full(self._size, np.inf)
-        low[-1], high[-1] = least_rps / self.unit, most_rps / self.unit
+        low[self._objective], high[self._objective] = least_rps / self.unit, most_rps / self.unit
         high[list(self._marks.values())] = 1.0
         whole = np.zeros(self._size)
         whole[: self._num_counts] = 1
