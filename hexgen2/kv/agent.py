@@ -20,7 +20,7 @@ import torch
 
 from hexgen2.errors import ConfigError, TransferRefused
 from hexgen2.kv import kernels
-from hexgen2.kv.codec import Digests, to_wire
+from hexgen2.kv.codec import to_wire
 from hexgen2.kv.messages import (
     Close,
     Closed,
@@ -70,7 +70,7 @@ class _Put:
     transfer_id: str
     layer: int
     chunk: int
-    digests: Digests
+    digests: torch.Tensor
     event: "torch.cuda.Event | None"
 
 
@@ -118,10 +118,8 @@ class KvAgent:
             wake=self._wake,
         )
         self._socket_path = socket_path
-        #: The forward thread's, until it is flushed.
-        self._puts: list[_Put] = []
+        self._puts: deque[_Put] = deque()
         self._put_bytes = 0
-        self._flushed: deque[_Put] = deque()
         self._announced_at = 0.0
         self._outbox: deque[ToService] = deque()
         self._closing: set[str] = set()
@@ -155,7 +153,7 @@ class KvAgent:
         if digests is None:
             return
         event = None
-        if isinstance(digests, torch.Tensor) and digests.is_cuda:
+        if digests.is_cuda:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._puts.append(_Put(transfer_id, layer, chunk, digests, event))
@@ -165,9 +163,7 @@ class KvAgent:
 
     def flush(self) -> None:
         """Announce everything put so far."""
-        if self._puts:
-            self._flushed.extend(self._puts)
-            self._puts.clear()
+        if self._put_bytes:
             self._put_bytes = 0
             self._announced_at = monotonic()
             self._wake()
@@ -250,7 +246,12 @@ class KvAgent:
                 serving = self._send.num_open > 0 or monotonic() < self._serve_until
                 for transport in self._transports:
                     transport.serving(serving)
-                events = self._wait(selector)
+                poll = bool(self._puts) or any(transport.needs_poll() for transport in self._transports)
+                moved = self._staging.reads.moved
+                wait_s = CHECK_S if self._staging.reads.busy else None
+                events = selector.select(0 if poll or moved else wait_s)
+                if poll and not events and not moved:
+                    sleep(POLL_S if self._staging.reads.num_open or self._puts else SERVE_POLL_S)
                 for key, _ in events:
                     if key.fileobj is self._wake_out:
                         self._wake_out.recv(4096)
@@ -265,21 +266,6 @@ class KvAgent:
                 self._retry_closing()
                 self._report_quarantine()
                 self._report_handshakes()
-
-    def _wait(self, selector: selectors.BaseSelector) -> "list[tuple[selectors.SelectorKey, int]]":
-        """Until the next turn: what the service, the engine or a socket has to say by then."""
-        reads = self._staging.reads
-        if reads.moved:
-            return selector.select(0)
-        polling = any(transport.needs_poll() for transport in self._transports)
-        if self._flushed or (polling and reads.num_open):
-            events = selector.select(0)
-            if not events:
-                sleep(POLL_S)  # finer than a selector's time-out
-            return events
-        if polling:
-            return selector.select(SERVE_POLL_S)
-        return selector.select(CHECK_S if reads.busy else None)
 
     def _drain(self, service: socket.socket) -> None:
         while self._outbox:
@@ -307,11 +293,8 @@ class KvAgent:
 
     def _announce(self) -> None:
         pieces: dict[str, list[Piece]] = {}
-        while self._flushed:
-            put = self._flushed[0]
-            if put.event is not None and not put.event.query():  # type: ignore[no-untyped-call]
-                break
-            self._flushed.popleft()
+        while self._puts and (self._puts[0].event is None or self._puts[0].event.query()):  # type: ignore[no-untyped-call]
+            put = self._puts.popleft()
             piece = Piece(self._layout.slice.rank, put.layer, put.chunk, to_wire(put.digests))
             pieces.setdefault(put.transfer_id, []).append(piece)
         self._outbox.extend(Ready(transfer_id, tuple(ready)) for transfer_id, ready in pieces.items())

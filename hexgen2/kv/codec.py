@@ -43,9 +43,6 @@ _HEAD_SHIFT = _WORDS_BITS + _LAYER_BITS + _CHUNK_BITS
 # A copy and the digest of that copy go by groups of heads that stay in a core's cache between the two.
 _GROUP_BYTES = 256 << 10
 
-#: One for each head: ``int64 [kv_head]`` on the piece's device; or as they travel, where they are the host's anyway.
-Digests = torch.Tensor | tuple[int, ...]
-
 
 class DigestKey:
     """What the digests of one transfer depend on: make it once per transfer and rank (0.4 ms for 16,384 words).
@@ -71,10 +68,9 @@ class DigestKey:
 
     def _first_place(self, layer: int, chunk: int, heads: range, num_words: int) -> int:
         """What ``place`` adds to the first head's digest; to each further one ``_place_step`` more."""
-        if not 0 <= layer < 1 << _LAYER_BITS:
-            raise ValueError(f"layer: {layer} is not between 0 and {(1 << _LAYER_BITS) - 1}")
-        if not 0 <= chunk < 1 << _CHUNK_BITS:
-            raise ValueError(f"chunk: {chunk} is not between 0 and {(1 << _CHUNK_BITS) - 1}")
+        for name, value, bits in (("layer", layer, _LAYER_BITS), ("chunk", chunk, _CHUNK_BITS)):
+            if not 0 <= value < 1 << bits:
+                raise ValueError(f"{name}: {value} is not between 0 and {(1 << bits) - 1}")
         if heads.start < 0 or heads.stop > 1 << _HEAD_BITS:
             raise ValueError(f"heads: {heads} is not within 0 to {(1 << _HEAD_BITS) - 1}")
         rest = (chunk << _LAYER_BITS | layer) << _WORDS_BITS | num_words
@@ -161,18 +157,18 @@ def as_move(
 
 def gather_and_digest(
     to: int, piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int
-) -> Digests | None:
+) -> torch.Tensor | None:
     """``copy_and_digest`` of a piece in host memory, ``[kv_head, 2, token, head_dim]``, to an address, contiguous.
 
     None, and nothing done, where rows are not whole pairs of words or numba is not installed.
     """
-    heads, parts, rows, values = piece.shape
-    num_words = parts * rows * values * piece.element_size() // 4
+    heads = piece.shape[0]
+    num_words = piece.numel() * piece.element_size() // heads // 4
     if num_words > key.max_words:
         raise ValueError(f"piece: {num_words} words per head, the key was made for {key.max_words}")
     first_place = key._first_place(layer, chunk, range(first_head, first_head + heads), num_words)
     sums = kernels.gather(to, piece, key._multipliers, first_place, key._place_step)
-    return None if sums is None else tuple(sums.view(np.uint64).tolist())
+    return None if sums is None else torch.from_numpy(sums)
 
 
 def move_and_digest(moves: Sequence[Move], key: DigestKey) -> list[int] | None:
@@ -183,9 +179,9 @@ def move_and_digest(moves: Sequence[Move], key: DigestKey) -> list[int] | None:
     return kernels.move_pieces(moves, key._multipliers, key._place_step)
 
 
-def to_wire(digests: Digests) -> tuple[int, ...]:
+def to_wire(digests: torch.Tensor) -> tuple[int, ...]:
     """As the ``fixed64`` values that travel."""
-    return digests if isinstance(digests, tuple) else tuple(digests.view(torch.uint64).tolist())
+    return tuple(digests.view(torch.uint64).tolist())
 
 
 def _as_words(piece: torch.Tensor) -> torch.Tensor:

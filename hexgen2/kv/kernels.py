@@ -104,8 +104,7 @@ def move_pieces(moves: Sequence[Move], multipliers: "NDArray[np.int32]", step: i
     """
     compiled = _compiled()
     pieces = np.array(moves, dtype=np.int64)
-    to, of, _, size, _ = np.bitwise_or.reduce(pieces).tolist()
-    if compiled is None or (to | of | size) % 8:
+    if compiled is None or np.bitwise_or.reduce(pieces[:, (0, 1, 3)], axis=None) % 8:
         return None
     sums = np.empty(pieces[:, 2].sum(), dtype=np.int64)
     compiled.move_pieces(sums, pieces, multipliers, step)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hexgen2.kv.codec import DigestKey, Digests, as_move, copy_and_digest, gather_and_digest, move_and_digest
+from hexgen2.kv.codec import DigestKey, as_move, copy_and_digest, gather_and_digest, move_and_digest
 from hexgen2.kv.codecs import NONE, head_bytes
 from hexgen2.kv.kernels import Move
 from hexgen2.kv.quantise import Coder
@@ -62,7 +62,7 @@ class PieceFormat:
             digests.append(copy_and_digest(encoded[heads], coder.encoded, self._key, **place))
         return torch.cat(digests)
 
-    def gather(self, to: int, piece: torch.Tensor, *, layer: int, chunk: int, first_head: int) -> Digests | None:
+    def gather(self, to: int, piece: torch.Tensor, *, layer: int, chunk: int, first_head: int) -> torch.Tensor | None:
         """``write`` to an address in host memory, where that takes a copy and nothing else; else None, and nothing
         is done: the same with less ado."""
         if not self.keeps(piece.dtype):
@@ -91,10 +91,11 @@ class PieceFormat:
         return torch.cat(digests)
 
     def as_move(
-        self, to: int, of: int, num_heads: int, head_bytes: int, *, layer: int, chunk: int, first_head: int
+        self, to: int, of: int, num_heads: int, num_tokens: int, *, layer: int, chunk: int, first_head: int
     ) -> Move:
         """A piece on its way from one address to another, both of host memory, for ``move``."""
-        return as_move(to, of, num_heads, head_bytes, self._key, layer=layer, chunk=chunk, first_head=first_head)
+        size = self.head_bytes(num_tokens)
+        return as_move(to, of, num_heads, size, self._key, layer=layer, chunk=chunk, first_head=first_head)
 
     def move(self, moves: Sequence[Move]) -> list[int] | None:
         """``read`` of many pieces that lie in one piece each, where nothing is to be decoded: the digests of all

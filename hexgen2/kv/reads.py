@@ -238,8 +238,8 @@ class Reads(Generic[J]):
             for job, slot in read.bundle:
                 if not (good and job.claim.wanted):
                     self._free(read, job, slot)
-        if bundle.pieces:
-            self._note(bundle)
+        for job, _ in bundle.pieces:
+            self._note(job, read)
         return bundle
 
     def _take(self, peer: _Peer[J], route: Route, now: float) -> bool:
@@ -268,7 +268,7 @@ class Reads(Generic[J]):
         if not bundle:
             return False
         read = _Read(0, peer, route, bundle, num_bytes, route.incident, now, time_ns())
-        spans = [Span(job.remote_offset, slot * self._slot_bytes, job.num_bytes) for job, slot in bundle]
+        spans = [Span(job.remote_offset, self.offset(slot), job.num_bytes) for job, slot in bundle]
         route.posted(num_bytes, now)
         try:
             read.handle = self._transports[route.transport].read(route.endpoint, spans)
@@ -360,15 +360,11 @@ class Reads(Generic[J]):
             return [each for key in list(self._waiting) for each in self._lose(key, why)]
         return []
 
-    def _note(self, bundle: Bundle[J]) -> None:
-        transport = self._transports[bundle.read.route.transport]
-        name, ended_ns = f"{transport.name}/{transport.local}", time_ns()
-        for job, _ in bundle.pieces:
-            use = job.claim.routes.get(name)
-            if use is None:
-                use = job.claim.routes[name] = RouteUse(0, bundle.read.posted_ns, 0)
-            use.num_bytes += job.num_bytes
-            use.ended_ns = ended_ns
+    def _note(self, job: J, read: _Read[J]) -> None:
+        transport = self._transports[read.route.transport]
+        use = job.claim.routes.setdefault(f"{transport.name}/{transport.local}", RouteUse(0, read.posted_ns, 0))
+        use.num_bytes += job.num_bytes
+        use.ended_ns = time_ns()
 
     def _attend(self) -> float:
         """Seconds that this thread has attended to its reads. While it is stopped, peers cannot be late."""

@@ -7,7 +7,6 @@ from threading import Lock
 
 import torch
 
-from hexgen2.kv.codec import Digests
 from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.pieces import PieceFormat
 from hexgen2.kv.quantise import Coder
@@ -55,8 +54,8 @@ class SendBuffer:
             with send.lock:
                 send.open = False
 
-    def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> Digests | None:
-        """Write one piece, ``[kv_head, 2, tokens, head_dim]``, to its place and return its digests.
+    def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> torch.Tensor | None:
+        """Write one piece, ``[kv_head, 2, tokens, head_dim]``, to its place and return its digests, ``int64[kv_head]``.
 
         None when the transfer is not held (any more).
         """

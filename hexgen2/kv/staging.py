@@ -58,11 +58,10 @@ class _Job:
     """One contiguous read (``kv.reads.Readable``): some heads of one (layer, chunk)."""
 
     recv: _Recv
-    claim: Claim
-    peer: tuple[bytes, ...]
     pick: Pick
     chunk: int
     num_tokens: int
+    source: Source
     remote_offset: int
     num_bytes: int
     #: As announced.
@@ -70,9 +69,21 @@ class _Job:
     #: Where its copy begins, in bytes of staging.
     at: int
 
+    @property
+    def claim(self) -> Claim:
+        return self.recv.claim
 
-#: Of one piece: the digests of its copy, as they travel, and how long it took in seconds.
-_Verified = tuple[tuple[int, ...], float]
+    @property
+    def peer(self) -> tuple[bytes, ...]:
+        return self.source.endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """Of one piece: the digests of its copy, as they travel, and how long it took."""
+
+    digests: tuple[int, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +177,10 @@ class Staging:
                 self.reads.add(
                     _Job(
                         recv=recv,
-                        claim=recv.claim,
-                        peer=source.endpoints,
                         pick=pick,
                         chunk=piece.chunk,
                         num_tokens=stop - start,
+                        source=source,
                         remote_offset=source.page_offsets[piece.chunk]
                         + theirs.piece_offset(piece.layer)
                         + first * per_head,
@@ -248,7 +258,7 @@ class Staging:
             began = perf_counter()
             digests = self._move(recv, same)
             seconds = (perf_counter() - began) / len(same)
-            verified += ((each, seconds) for each in digests)
+            verified += (_Verified(each, seconds) for each in digests)
         return verified
 
     def _move(self, recv: _Recv, pieces: "list[tuple[_Job, int]]") -> list[tuple[int, ...]]:
@@ -259,7 +269,7 @@ class Staging:
                     self._values_at + job.at,
                     self._landing_at + self.reads.offset(slot),
                     job.pick.num_kv_heads,
-                    job.num_bytes // job.pick.num_kv_heads,
+                    job.num_tokens,
                     layer=job.pick.layer,
                     chunk=job.chunk,
                     first_head=job.pick.first_kv_head,
@@ -284,12 +294,11 @@ class Staging:
         """Of a piece as it is staged."""
         return self.layout.head_bytes_per_token * num_tokens
 
-    def _settle(self, job: _Job, verified: _Verified) -> list[ToService]:
+    def _settle(self, job: _Job, verified: "_Verified") -> list[ToService]:
         """Take note of a piece that was verified, or was not what was announced."""
         recv, pick = job.recv, job.pick
-        digests, seconds = verified
-        recv.verify_s += seconds
-        if digests != job.digests:
+        recv.verify_s += verified.seconds
+        if verified.digests != job.digests:
             where = f"layer {pick.layer}, chunk {job.chunk}, rank {pick.rank}"
             return self._fail(recv, "corrupt", f"digest mismatch at {where}")
         recv.num_remaining -= 1

@@ -6,7 +6,8 @@ The reader names where bytes land, so nothing but the reader ever writes its mem
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ class TransportError(Exception):
     """A read cannot be posted or did not succeed: the peer is gone, refused, or the endpoint is not ours."""
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Span:
     """``num_bytes`` from ``remote_offset`` in the peer's registered buffer to ``local_offset`` in ours."""
 
     remote_offset: int
@@ -31,28 +33,29 @@ class Span(NamedTuple):
 def check_spans(spans: Sequence[Span], send_bytes: int, landing_bytes: int) -> None:
     """Raise TransportError unless all spans are within both buffers."""
     for span in spans:
-        remote, local, num_bytes = span
-        if remote < 0 or local < 0 or num_bytes < 0:
+        if min(span.num_bytes, span.remote_offset, span.local_offset) < 0:
             raise TransportError(f"{span} has a negative field")
-        if remote + num_bytes > send_bytes:
+        if span.remote_offset + span.num_bytes > send_bytes:
             raise TransportError(f"{span} is outside the peer's send buffer of {send_bytes} bytes")
-        if local + num_bytes > landing_bytes:
+        if span.local_offset + span.num_bytes > landing_bytes:
             raise TransportError(f"{span} is outside our landing buffer of {landing_bytes} bytes")
 
 
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
     """The same bytes in fewer spans: neighbours at both ends joined, empty ones left out."""
     result: list[Span] = []
-    first_remote = first_local = length = 0  # of the span that may still grow
-    for remote, local, num_bytes in spans:
-        if remote == first_remote + length and local == first_local + length:
-            length += num_bytes
-        elif num_bytes:
-            if length:
-                result.append(Span(first_remote, first_local, length))
-            first_remote, first_local, length = remote, local, num_bytes
-    if length:
-        result.append(Span(first_remote, first_local, length))
+    for span in spans:
+        last = result[-1] if result else None
+        if not span.num_bytes:
+            continue
+        if (
+            last is not None
+            and last.remote_offset + last.num_bytes == span.remote_offset
+            and last.local_offset + last.num_bytes == span.local_offset
+        ):
+            result[-1] = Span(last.remote_offset, last.local_offset, last.num_bytes + span.num_bytes)
+        else:
+            result.append(span)
     return tuple(result)
 
 

@@ -31,6 +31,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
 
 from hexgen2.errors import ConfigError
 from hexgen2.kv.transport import Span, TransportError, check_spans, merged
@@ -251,7 +252,8 @@ class UcxTransport:
         return peer
 
     def _descriptors(self, ranges: Sequence[tuple[int, int]], memory: str, device: int) -> Any:
-        return self._agent.get_xfer_descs([(address, length, device) for address, length in ranges], memory)
+        rows = np.array([(address, length, device) for address, length in ranges], dtype=np.uint64)
+        return self._agent.get_xfer_descs(rows, memory)
 
     def _settle(self, handle: int, state: str) -> None:
         """Report a read that is done or failed, once NIXL lets go of it."""

@@ -6,7 +6,6 @@ A *piece* is one (layer, chunk) of one rank; a *page* holds one chunk for all la
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from struct import pack
 
@@ -68,14 +67,14 @@ def chunk_span(chunk: int, num_tokens: int) -> tuple[int, int]:
     return start, min(start + CHUNK_TOKENS, num_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PageLayout:
     """Where pieces lie in a page of one rank."""
 
     shape: KvShape
     slice: RankSlice
 
-    @cached_property
+    @property
     def head_bytes_per_token(self) -> int:
         """K and V of one token, one layer, one head."""
         return 2 * self.shape.head_dim * self.shape.item_bytes
@@ -84,12 +83,12 @@ class PageLayout:
         """Bytes of a piece of ``num_tokens`` tokens: all heads of the rank, one layer."""
         return self.slice.num_kv_heads * self.head_bytes_per_token * num_tokens
 
-    @cached_property
+    @property
     def layer_stride(self) -> int:
         """Bytes from one layer's piece to the next within a page."""
         return self.piece_bytes(CHUNK_TOKENS)
 
-    @cached_property
+    @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
         return self.layer_stride * self.slice.num_layers

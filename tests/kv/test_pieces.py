@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from hexgen2.kv.codec import to_wire
 from hexgen2.kv.codecs import CODECS, NONE, head_bytes, transfer_bytes
 from hexgen2.kv.layout import rank_slices
 from hexgen2.kv.memory import MemoryNetwork, MemoryTransport
@@ -83,7 +82,7 @@ def sent(case: Case, network: MemoryNetwork) -> tuple[tuple[Source, ...], list[P
                 piece = case.kv[layer, heads, :, start:stop].to(TORCH_DTYPE[case.sender])
                 digests = buffer.put("t", layer, chunk, piece)
                 assert digests is not None
-                pieces.append(Piece(part.rank, layer, chunk, to_wire(digests)))
+                pieces.append(Piece(part.rank, layer, chunk, tuple(d % 2**64 for d in digests.tolist())))
         sources.append(Source(part, (transport.endpoint(),), tuple(page * layout.page_bytes for page in pages)))
     return tuple(sources), pieces
 
