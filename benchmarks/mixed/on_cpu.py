@@ -20,7 +20,7 @@ DTYPE = "float32"
 MACHINES = {"a": (0.6, 1e9), "b": (0.4, 1e9), "c": (0.3, 0.5e9), "d": (0.2, 0.5e9)}
 LATENCY_S = 2e-4
 MEMORY_MIB = 3000
-WORKLOADS = {"prefill-heavy": (256, 4), "decode-heavy": (32, 48)}
+WORKLOADS = {"prefill-heavy": (256, 8), "decode-heavy": (32, 48)}
 #: Seconds for each token after the first.
 TPOT_S = 1.0
 _HUB = "10.78.0.1"
