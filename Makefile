@@ -48,9 +48,11 @@ RERUN := --reruns 1 --only-rerun TimeoutError --only-rerun ReadTimeout --only-re
 
 .PHONY: test
 test: setup ## all tests
-	$(BIN)/pytest -n $(TEST_JOBS) $(RERUN) --durations 25
+	$(BIN)/pytest -n $(TEST_JOBS) $(RERUN) $(EXAMPLES) --durations 25
 
+# `make test` looks at new random examples each time; a change is judged by the same ones whenever it is.
 .PHONY: check
+check: EXAMPLES := --hypothesis-profile same
 check: setup lint proto-check test ## formatting, lint, types, import rules, generated stubs, all tests
 
 .PHONY: bench-quality

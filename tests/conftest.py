@@ -11,6 +11,7 @@ __all__ = ["authority", "stranger"]
 
 # How long an example takes is the machine's business.
 settings.register_profile("untimed", deadline=None)
+settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("untimed")
 
 #: Fleets that share the machine with faults or with vLLM: one after the other, beside everything else, so that none of

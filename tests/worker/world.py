@@ -337,6 +337,7 @@ class World:
         self.prefill: PrefillWorker
         self.decodes: list[DecodeWorker] = []
         self.prefill_agent: Agent
+        self.send_memory: PageQueue
         self.decode_agents: list[Agent] = []
         self._in_loop(self._start)
 
@@ -370,8 +371,8 @@ class World:
             self._start_decode(number)
 
     def _start_prefill(self) -> None:
-        engine, self.prefill_agent, memory = self._worker("send")
-        self.prefill = PrefillWorker(engine, self.prefill_agent, memory)  # type: ignore[arg-type]
+        engine, self.prefill_agent, self.send_memory = self._worker("send")
+        self.prefill = PrefillWorker(engine, self.prefill_agent, self.send_memory)  # type: ignore[arg-type]
 
     def _start_decode(self, number: int) -> None:
         engine, agent, memory = self._worker("staging")
@@ -423,9 +424,12 @@ class World:
             hand_over=True,
             deadline=request.deadline,
         )
+        full = self.send_memory.num_waiting >= MAX_QUEUED
         call = self._call(self.prefill.run(job), request, self.prefill_agent)
         if request.prefill is None:
             request.prefill = call
+            # Refused. Prefill says so, unless decode hears of it first and that ends the request.
+            request.harmed |= full
         return call
 
     def start_decode(self, request: Request, number: int, token: bytes | None = None) -> Call:
