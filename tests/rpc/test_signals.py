@@ -36,6 +36,10 @@ async def start():
 async def drain():
     if sys.argv[1] == "drain":
         await wait("draining")
+    if sys.argv[1] == "hold":
+        # Until the other end of stdin is closed.
+        say("draining")
+        await asyncio.to_thread(sys.stdin.read)
     say("drained")
 
 async def main():
@@ -62,7 +66,7 @@ class Program:
 
     async def rest(self) -> tuple[list[str], int]:
         async with asyncio.timeout(60):
-            out, _ = await self._process.communicate()
+            out, _ = await self._process.communicate(b"")
         assert self._process.returncode is not None
         return out.decode().splitlines(), self._process.returncode
 
@@ -73,7 +77,9 @@ class Program:
 @asynccontextmanager
 async def program(stage: str) -> AsyncIterator[Program]:
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", PROGRAM, stage, stdout=pipe, stderr=pipe)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM, stage, stdin=pipe, stdout=pipe, stderr=pipe
+    )
     try:
         yield Program(process)
     finally:
@@ -102,10 +108,11 @@ async def test_a_second_signal_ends_the_drain_at_once() -> None:
 
 
 async def test_a_signal_that_comes_twice_at_once_is_one() -> None:
-    async with program("run") as running:
+    async with program("hold") as running:
         assert await running.says() == "started"
         running.send(signal.SIGTERM)
         running.send(signal.SIGINT)
+        assert await running.says() == "draining"
         assert await running.rest() == (["drained", "freed"], 0)
 
 
