@@ -5,6 +5,7 @@ Why before: gRPC binds ``localhost`` on whichever address family is still free a
 
 import errno
 import socket
+from ipaddress import ip_address
 
 from hexgen2.errors import ConfigError
 
@@ -30,6 +31,14 @@ def parse_address(address: str, *, what: str = "address") -> tuple[str, int]:
 def format_address(host: str, port: int) -> str:
     """The inverse of ``parse_address``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is this machine's loopback."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def port_in_use(listen: str) -> ConfigError:

@@ -109,7 +109,7 @@ class OneFleet(Fleets):
             folder,
             made,
             by_hand(made, dict.fromkeys(machines, "colocated")),
-            on_cpu.hub(),
+            on_cpu.HUB,
             engine=engine,
             kv=pools,
             start_timeout_s=START_TIMEOUT_S,

@@ -23,7 +23,8 @@ MEMORY_MIB = 3000
 WORKLOADS = {"prefill-heavy": (256, 8), "decode-heavy": (32, 48)}
 #: Seconds for each token after the first.
 TPOT_S = 1.0
-_HUB = "10.78.0.1"
+#: Where coordinator and gateway listen.
+HUB = "10.78.0.1"
 #: Times that a share of a core makes longer.
 _TIMES = ("gemm_s", "attention_s", "cached_attention_s")
 
@@ -71,7 +72,7 @@ def setting(profile: Path, model: Path) -> Setting:
 def places() -> dict[str, Place]:
     """A namespace for each machine, joined to this one's by a link of its own. The caller has entered one."""
     here = Namespace.here()
-    here.run("ip", "address", "replace", f"{_HUB}/32", "dev", "lo")
+    here.run("ip", "address", "replace", f"{HUB}/32", "dev", "lo")
     found = {}
     for number, (name, (_, bits_per_s)) in enumerate(MACHINES.items(), 1):
         near, host = f"10.78.{number}.1", f"10.78.{number}.2"
@@ -80,11 +81,6 @@ def places() -> dict[str, Place]:
         link.shape(bits_per_s)
         found[name] = Place(host, link.b_side.command)
     return found
-
-
-def hub() -> str:
-    """Where coordinator and gateway listen."""
-    return _HUB
 
 
 def _kind(cores: float) -> str:

@@ -3,11 +3,12 @@
 import os
 from importlib.util import find_spec
 
+from hexgen2.address import is_loopback
 from hexgen2.config import KvConfig, TlsConfig
 from hexgen2.errors import ConfigError
 from hexgen2.kv.tcp import TcpTransport
 from hexgen2.kv.transport import MAX_ROUTES, Transport
-from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport, has_rdma, is_loopback, network_interfaces, rdma_devices
+from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport, has_rdma, network_interfaces, rdma_devices
 from hexgen2.security.tls import load_tls
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from ipaddress import ip_address
 from logging import WARNING, getLogger
 from pathlib import Path
 from time import monotonic, sleep
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from hexgen2.address import is_loopback
 from hexgen2.errors import ConfigError
 from hexgen2.kv.transport import Span, TransportError, check_spans, merged
 from hexgen2.kv.ucx_log import ucx_logged
@@ -320,14 +320,6 @@ def network_interfaces() -> list[str]:
 
 def _names(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine's loopback."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _load_nixl() -> tuple[Any, tuple[type[Exception], ...], type[Exception], str]:

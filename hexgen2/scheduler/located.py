@@ -238,7 +238,8 @@ class _Program:
         for first in (prefill, decode):
             self._add({split: 1.0, **{first + m: -1.0 for m in machines}}, least=0.0, most=0.0)
         for m in machines:
-            self._add({prefill + m: 1.0, decode + m: -1.0}, least=-self._card(judge, m), most=self._card(judge, m))
+            card = self._card(judge, m)
+            self._add({prefill + m: 1.0, decode + m: -1.0}, least=-card, most=card)
         if matched:
             self._match(judge, columns, {PREFILL: prefill, DECODE: decode})
         # Machines that are alike may change places, so those with more GPUs of a pool in prefill come first.

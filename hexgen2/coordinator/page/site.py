@@ -15,7 +15,7 @@ from time import monotonic
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from hexgen2.address import parse_address
+from hexgen2.address import is_loopback, parse_address
 from hexgen2.coordinator.page.html import page
 from hexgen2.coordinator.page.trend import EVERY_S, Trends
 from hexgen2.coordinator.page.view import Fleet, view
@@ -149,7 +149,7 @@ async def page_served(listen: str, look: Callable[[], Fleet], limits: Limits = L
         yield ""
         return
     host, _ = parse_address(listen, what="page_listen")
-    site = Site(look, local=host == "localhost" or (_is_this_machine(host) and ipaddress.ip_address(host).is_loopback))
+    site = Site(look, local=is_loopback(host))
     server = HttpServer(site, listen, limits=limits, what="page_listen")
     try:
         address = await server.start()
