@@ -14,6 +14,8 @@ import signal
 import ssl
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,8 @@ class Tally:
     failed: list[str] = field(default_factory=list)
     slowest_s: float = 0.0
     first_answers: dict[str, str] = field(default_factory=dict)
+    #: Set when each prompt has been answered once.
+    known: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 async def ask(client: httpx.AsyncClient, gateway: str, model: str, prompt: str) -> str:
@@ -60,7 +64,7 @@ async def ask(client: httpx.AsyncClient, gateway: str, model: str, prompt: str) 
     return text
 
 
-async def one(client: httpx.AsyncClient, gateways: list[str], model: str, number: int, tally: Tally) -> None:
+async def one(client: httpx.AsyncClient, gateways: Sequence[str], model: str, number: int, tally: Tally) -> None:
     """One request, at whichever gateway takes it."""
     prompt, began = PROMPTS[number % len(PROMPTS)], time.monotonic()
     for attempt in range(len(gateways) * 2):
@@ -83,20 +87,21 @@ async def one(client: httpx.AsyncClient, gateways: list[str], model: str, number
         tally.slowest_s = max(tally.slowest_s, time.monotonic() - began)
         if tally.first_answers.setdefault(prompt, text) != text:
             tally.failed.append(f"{gateway}: another answer than before to prompt {number % len(PROMPTS)}")
+        if len(tally.first_answers) == len(PROMPTS):
+            tally.known.set()
         return
     tally.failed.append(f"request {number}: no gateway took it")
 
 
-async def run(gateways: list[str], model: str, tls: Path | None, clients: int) -> Tally:
-    """``clients`` at a time until SIGTERM or SIGINT."""
+async def run(
+    gateways: Sequence[str], model: str, tls: Path | None, clients: int, tally: Tally, stop: asyncio.Event
+) -> None:
+    """``clients`` requests at a time until ``stop``; those under way then are waited for."""
     verify: ssl.SSLContext | bool = True
     if tls is not None:
         verify = ssl.create_default_context(cafile=str(tls / "ca.pem"))
         verify.load_cert_chain(tls / "cert.pem", tls / "key.pem")
-    tally, stop, numbers = Tally(), asyncio.Event(), iter(range(1 << 62))
-    loop = asyncio.get_running_loop()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, stop.set)
+    numbers = iter(range(1 << 62))
     limits = httpx.Limits(max_keepalive_connections=0)
     async with httpx.AsyncClient(verify=verify, timeout=LIMIT_S, limits=limits, trust_env=False) as client:
 
@@ -107,6 +112,27 @@ async def run(gateways: list[str], model: str, tls: Path | None, clients: int) -
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
                 group.create_task(repeat())
+
+
+@asynccontextmanager
+async def loading(gateways: Sequence[str], model: str, tls: Path | None, clients: int) -> AsyncIterator[Tally]:
+    """``run`` while the context lasts."""
+    tally, stop = Tally(), asyncio.Event()
+    task = asyncio.create_task(run(gateways, model, tls, clients, tally, stop))
+    try:
+        yield tally
+    finally:
+        stop.set()
+        await task
+
+
+async def until_signal(gateways: Sequence[str], model: str, tls: Path | None, clients: int) -> Tally:
+    """``run`` until SIGTERM or SIGINT."""
+    tally, stop = Tally(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, stop.set)
+    await run(gateways, model, tls, clients, tally, stop)
     return tally
 
 
@@ -118,7 +144,7 @@ def main() -> None:
     parser.add_argument("--tls", type=Path, help="folder with ca.pem, cert.pem and key.pem of a client")
     parser.add_argument("--clients", type=int, default=4)
     given = parser.parse_args()
-    tally = asyncio.run(run(given.gateway, given.model, given.tls, given.clients))
+    tally = asyncio.run(until_signal(given.gateway, given.model, given.tls, given.clients))
     print(f"answered {sum(tally.answered.values())} ({dict(tally.answered)}), slowest {tally.slowest_s:.2f} s")
     print(f"passed over {dict(tally.passed_over)}")
     print(f"failed {len(tally.failed)}", *tally.failed[:20], sep="\n  ")
