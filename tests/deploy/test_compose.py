@@ -63,6 +63,19 @@ def test_what_is_checked_in_is_what_is_written(tmp_path: Path, monkeypatch: pyte
         assert (ROOT / "deploy" / path).read_text() == text, f"run `hexgen2 deploy compose`: {path} is old"
 
 
+def test_images_have_every_file_of_the_package() -> None:
+    """What is not Python comes by MANIFEST.in, which whoever builds the package must see."""
+    kinds = {
+        path.suffix for path in (ROOT / "hexgen2").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    told = set(re.findall(r"\*(\.\w+)", (ROOT / "MANIFEST.in").read_text()))
+    assert kinds - {".py", ".pyi"} <= told
+    assert "!MANIFEST.in" in (ROOT / ".dockerignore").read_text().splitlines()
+    for stage_of_image in (ROOT / "deploy" / "Dockerfile").read_text().split("\nFROM "):
+        if "make image" in stage_of_image:
+            assert re.search(r"^COPY .*\bMANIFEST\.in\b", stage_of_image, re.MULTILINE)
+
+
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda each: each.uid)
 def test_dashboards_show_metrics_that_exist(dashboard: Dashboard) -> None:
     text = dashboard_json(dashboard)
