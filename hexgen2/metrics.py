@@ -100,11 +100,13 @@ TLS_CERTIFICATE_NOT_AFTER = Gauge(
 )
 TLS_HANDSHAKES_BEGUN = Counter(
     "hexgen2:tls_handshakes_begun",
-    "TLS handshakes begun with this process; gRPC does not tell how they ended.",
+    "TLS handshakes begun with this process: grpc, https, nodes; gRPC does not tell how they ended.",
     ["plane"],
 )
 TLS_HANDSHAKES_FAILED = Counter(
-    "hexgen2:tls_handshakes_failed", "TLS handshakes with this process that came to nothing.", ["plane"]
+    "hexgen2:tls_handshakes_failed",
+    "TLS handshakes with this process that came to nothing: kv, https, nodes.",
+    ["plane"],
 )
 CALLS_REFUSED = Counter("hexgen2:calls_refused", "Calls refused for what their certificate says.", ["method"])
 HTTP_CONNECTIONS_CLOSED = Counter(

@@ -9,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from hexgen2.address import check_free, format_address, parse_address, port_in_use
+from hexgen2.security.handshakes import counted
 from hexgen2.security.tls import TlsFiles
 from hexgen2.security.tls_context import https_context
 from hexgen2.web.guard import Limits, guarded
@@ -87,7 +88,7 @@ class HttpServer:
         )
         config.load()
         if self._tls is not None:
-            config.ssl = https_context(self._tls, client_certs=self._client_certs)
+            config.ssl = counted(https_context(self._tls, client_certs=self._client_certs), "https")
         server = self._server = _Server(config)
         self._task = asyncio.create_task(server.serve([listening]))
         await server.up.wait()

@@ -1,14 +1,19 @@
 """HTTPS that asks for certificates: who gets an answer, and that who gets none keeps nobody from it."""
 
+import asyncio
+import socket
 import ssl
 from typing import Any
 
 import httpx
 import pytest
 
+from hexgen2 import metrics
+from hexgen2.address import parse_address
 from hexgen2.config import TlsConfig
 from hexgen2.web.server import HttpServer
 from tests.certificates import Authority
+from tests.eventually import eventually
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -31,6 +36,10 @@ async def get(address: str, verify: ssl.SSLContext, scheme: str = "https") -> st
             return "no connection"
 
 
+def count(kind: Any) -> float:
+    return float(kind.labels("https")._value.get())
+
+
 @pytest.mark.parametrize("who", ["nobody", "expired", "stranger", "plain"])
 async def test_without_a_good_certificate_there_is_no_answer_and_others_have_theirs(
     who: str, authority: Authority, stranger: Authority
@@ -42,11 +51,36 @@ async def test_without_a_good_certificate_there_is_no_answer_and_others_have_the
         "stranger": stranger.config("gateway"),
         "plain": None,
     }
+    begun, failed = count(metrics.TLS_HANDSHAKES_BEGUN), count(metrics.TLS_HANDSHAKES_FAILED)
     server = HttpServer(app, "127.0.0.1:0", authority.files("gateway"), client_certs=True)
     address = await server.start()
     try:
         refused = await get(address, context(trusted, own[who]), "http" if who == "plain" else "https")
         assert refused == "no connection"
         assert await get(address, context(trusted, trusted)) == "ok"
+        await eventually(lambda: count(metrics.TLS_HANDSHAKES_FAILED) == failed + 1)
+        assert count(metrics.TLS_HANDSHAKES_BEGUN) == begun + 2
+    finally:
+        await server.stop()
+
+
+async def test_a_client_that_does_not_trust_the_server_counts_as_failed(
+    authority: Authority, stranger: Authority
+) -> None:
+    def connect(address: str) -> None:
+        # As most clients do, and asyncio's do not, it says why it leaves.
+        with (
+            socket.create_connection(parse_address(address)) as plain,
+            pytest.raises(ssl.SSLCertVerificationError),
+            context(stranger.config("client"), None).wrap_socket(plain, server_hostname="127.0.0.1"),
+        ):
+            pass
+
+    failed = count(metrics.TLS_HANDSHAKES_FAILED)
+    server = HttpServer(app, "127.0.0.1:0", authority.files("gateway"))
+    address = await server.start()
+    try:
+        await asyncio.to_thread(connect, address)
+        await eventually(lambda: count(metrics.TLS_HANDSHAKES_FAILED) == failed + 1)
     finally:
         await server.stop()
