@@ -144,12 +144,22 @@ class WorkerConfig(Config):
     engine: EngineConfig
     kv: KvConfig = KvConfig()
     nodes_listen: str = Field(
-        "", description="with nnodes: host:port where the other machines' `hexgen2 node` find this worker"
+        "",
+        validate_default=True,
+        description="with nnodes: host:port where the other machines' `hexgen2 node` find this worker",
     )
     slo_ttft_s: float | None = SLO_TTFT
     slo_tpot_s: float | None = SLO_TPOT
     tls: TlsConfig | None = _TLS
     drain_s: float = Field(30.0, ge=0, description="how long running requests may take to end after SIGTERM")
+
+    @field_validator("nodes_listen")
+    @classmethod
+    def _check_nodes_listen(cls, value: str, info: ValidationInfo) -> str:
+        nnodes = getattr(info.data.get("engine"), "nnodes", 1)
+        if bool(value) != (nnodes > 1):
+            raise ValueError(f"{'not ' if value else ''}needed with engine.nnodes: {nnodes}")
+        return value
 
 
 class NodeConfig(Config):

@@ -269,7 +269,7 @@ def _worker(
         Caller.WORKER,
         config,
         config.listen,
-        _environment(host, replica, share, split),
+        _environment(host, replica, share),
         cores=share.cores,
         devices=bool(share.gpus) or host.infiniband,
         drain_s=config.drain_s,
@@ -303,7 +303,7 @@ def _node(
         Caller.WORKER,
         config,
         "",
-        _environment(host, replica, share, split),
+        _environment(host, replica, share),
         cores=share.cores,
         devices=bool(share.gpus) or host.infiniband,
         replica=replica.id,
@@ -323,10 +323,8 @@ def _kv(inventory: Inventory, host: Host, placement: Placement, replica: Replica
     return planned_pools(kv, engine, replica, model)
 
 
-def _environment(host: Host, replica: ReplicaPlan, share: Share, split: Split | None) -> dict[str, str]:
-    # vLLM would guess which of a machine's addresses the others know.
-    address = {} if split is None else {"VLLM_HOST_IP": host.address}
-    return {**ucx_environment(host), **planned_environment(replica, share.gpus), **address, **host.environment}
+def _environment(host: Host, replica: ReplicaPlan, share: Share) -> dict[str, str]:
+    return {**ucx_environment(host), **planned_environment(replica, share.gpus), **host.environment}
 
 
 def _engine(inventory: Inventory, replica: ReplicaPlan, split: Split | None, rank: int, file: str) -> EngineConfig:

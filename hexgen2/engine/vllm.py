@@ -5,9 +5,11 @@ makes no spans of ours: callers time what they see.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+import multiprocessing
+from collections.abc import AsyncGenerator, Iterable, Set
 from contextlib import aclosing
 from logging import ERROR, WARNING
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from hexgen2.engine.admission import Admission
 from hexgen2.engine.base import EngineOutput, EngineRequest, FinishReason, Logprob, SampledToken
 from hexgen2.engine.vllm_args import Role, engine_args, invalid, sampling_params, served_dtype
 from hexgen2.engine.vllm_env import adopt_logging, is_cpu, prepare
+from hexgen2.engine.vllm_network import choose
 from hexgen2.errors import ConfigError, EngineFailed, HexgenError, InvalidRequest
 from hexgen2.model import ModelSpec, load_model
 
 #: How long the engine's processes may take to clean up before they are killed; no request runs any more.
 STOP_TIMEOUT_S = 5.0
+#: A start that is given up is looked at so often.
+ABANDON_AGAIN_S = 1.0
 #: Told where vLLM chooses by itself; nothing depends on it.
 MAX_NUM_BATCHED_TOKENS = 8192
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -61,15 +66,29 @@ class VllmEngine:
             ConfigError: vLLM cannot serve this model in this way.
         """
         prepare(self._config.omp_num_threads, cpu=self._cpu)
+        if self._config.nnodes > 1:
+            choose(self._config.master_addr, self._config.master_port)
+        others = set(multiprocessing.active_children())
         starting = asyncio.get_running_loop().run_in_executor(None, self._build)
         try:
             self._llm = await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # vLLM cannot be stopped half way: let it come up, then take it down.
-            self._llm = await starting
-            await self.stop()
+            await self._abandon(starting, others)
             raise
         self.max_model_len = self._llm.model_config.max_model_len
+
+    async def _abandon(self, starting: asyncio.Future[Any], others: Set[BaseProcess]) -> None:
+        """End a start that is under way, which hears of nothing and may wait half an hour for other machines: end its
+        processes, as they come, until it gives up.
+        """
+        while not starting.done():
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            await asyncio.wait((starting,), timeout=ABANDON_AGAIN_S)
+        if starting.exception() is None:
+            self._llm = starting.result()
+            await self.stop()
 
     def _build(self) -> Any:
         adopt_logging(ERROR)  # what it says of Triton while it is imported is about GPUs

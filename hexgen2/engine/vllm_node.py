@@ -9,6 +9,7 @@ from pathlib import Path
 from hexgen2.config import NodeConfig
 from hexgen2.engine.vllm_args import engine_args
 from hexgen2.engine.vllm_env import is_cpu, prepare
+from hexgen2.engine.vllm_network import choose
 
 
 def main() -> None:
@@ -16,6 +17,7 @@ def main() -> None:
     config = NodeConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     cpu = is_cpu()
     prepare(config.engine.omp_num_threads, cpu=cpu)
+    choose(config.engine.master_addr, config.engine.master_port)
     args = engine_args(config.engine, config.kv, "flexible", Path(sys.argv[2]), cpu=cpu, tls=config.tls)
     from vllm import AsyncEngineArgs
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor

@@ -1,20 +1,26 @@
 """An engine, the ranks that hold its KV, and the pools that bound it: made, started and stopped as one."""
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hexgen2.config import WorkerConfig
+import structlog
+
+from hexgen2.config import VllmEngineConfig, WorkerConfig
 from hexgen2.engine.base import Engine
 from hexgen2.engine.make import make_engine
+from hexgen2.errors import EngineFailed
 from hexgen2.kv.pool import PagePool
 from hexgen2.kv.ranks import Ranks
 from hexgen2.plan import Role
 from hexgen2.security.tls import load_tls
 from hexgen2.worker.aio import PageQueue
 from hexgen2.worker.relay import Relay
+
+log = structlog.get_logger(__name__)
 
 #: From the engine's start to the last agent's hello; agents connect while the engine starts.
 AGENTS_TIMEOUT_S = 30.0
@@ -68,19 +74,40 @@ class Loading:
     ranks: Ranks
     num_ranks: int
     max_queued: int
+    #: To the other machines, where the ranks are on several.
+    relay: Relay | None = None
     pools: Pools | None = None
 
     async def start(self) -> Pools:
-        """Load the model and wait for every rank.
+        """Wait for the other machines, load the model and wait for every rank.
 
         Raises:
-            EngineFailed: the engine did not start.
+            EngineFailed: the engine did not start, or another machine was lost meanwhile.
             ConfigError: it cannot be started as it is configured.
         """
-        await self.engine.start()
+        if self.relay is None:
+            await self.engine.start()
+        else:
+            log.info("waiting_for_nodes")
+            await self.relay.wait_complete()
+            await _start_with(self.engine, self.relay)
         await self.ranks.wait_complete(AGENTS_TIMEOUT_S)
         self.pools = Pools(self.ranks, self.max_queued)
         return self.pools
+
+
+async def _start_with(engine: Engine, relay: Relay) -> None:
+    """Start an engine that has ranks behind ``relay``; it would wait for them long after they are gone."""
+    starting, lost = asyncio.ensure_future(engine.start()), asyncio.ensure_future(relay.lost())
+    try:
+        await asyncio.wait((starting, lost), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            raise EngineFailed("another machine of this replica was lost while the engine started")
+        starting.result()
+    finally:
+        lost.cancel()
+        starting.cancel()
+        await asyncio.wait((starting, lost))
 
 
 @asynccontextmanager
@@ -92,10 +119,12 @@ async def loading(config: WorkerConfig) -> AsyncIterator[Loading]:
         ranks = Ranks(folder / "kv.sock", num_ranks)
         await ranks.start()
         stack.push_async_callback(ranks.stop)
+        relay = None
         if config.nodes_listen:
-            relay = Relay(config.nodes_listen, ranks.socket_path, load_tls(config.tls))
+            nnodes = config.engine.nnodes if isinstance(config.engine, VllmEngineConfig) else 1
+            relay = Relay(config.nodes_listen, ranks.socket_path, load_tls(config.tls), nnodes - 1)
             await relay.start()
             stack.push_async_callback(relay.stop)
         stack.push_async_callback(engine.stop)
         stack.callback(ranks.expect_end)
-        yield Loading(engine, ranks, num_ranks, config.kv.max_queued)
+        yield Loading(engine, ranks, num_ranks, config.kv.max_queued, relay)

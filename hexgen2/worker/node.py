@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import structlog
@@ -65,7 +65,7 @@ async def serve(config: NodeConfig) -> None:
         async def watch(reader: asyncio.StreamReader, ranks: asyncio.subprocess.Process) -> None:
             nonlocal failed
             ends = {
-                asyncio.ensure_future(reader.read(1)): f"the worker at {config.leader} is gone",
+                asyncio.ensure_future(_end_of(reader)): f"the worker at {config.leader} is gone",
                 asyncio.ensure_future(ranks.wait()): "the ranks have ended",
             }
             try:
@@ -97,6 +97,12 @@ async def _leader(address: str, tls: TlsFiles | None) -> Streams:
                 said = str(error)
                 log.warning("leader_away", leader=address, error=said)
             await asyncio.sleep(RETRY_S)
+
+
+async def _end_of(reader: asyncio.StreamReader) -> None:
+    """Return when the other end is gone, with or without a word."""
+    with suppress(OSError):
+        await reader.read(1)
 
 
 async def _stop(ranks: asyncio.subprocess.Process) -> None:

@@ -2,8 +2,8 @@
 
 The first machine's worker listens (``Relay``); on each other machine a node (``worker.node``) has a local socket of its
 own, and carries every connection of its ranks' KV agents to the first, byte for byte, over TLS where there are
-certificates. One more connection says that the other machine is still there. Control messages alone: KV goes from rank
-to rank.
+certificates. One more connection says that the other machine is still there: vLLM's own would not tell for minutes.
+Control messages alone: KV goes from rank to rank.
 """
 
 import asyncio
@@ -16,7 +16,9 @@ import structlog
 
 from hexgen2.address import parse_address
 from hexgen2.errors import ConfigError
+from hexgen2.kv.tcp_socket import tune
 from hexgen2.security.callers import Caller
+from hexgen2.security.handshakes import counted
 from hexgen2.security.tls import TlsFiles
 from hexgen2.security.tls_context import callers_at, peer_context
 
@@ -30,19 +32,28 @@ BLOCK = 1 << 16
 
 
 class Relay:
-    """The first machine's side: listens at ``listen`` and hands connections to ``socket_path``."""
+    """The first machine's side: listens at ``listen``, hands connections to ``socket_path`` and knows which of
+    ``num_nodes`` other machines are there.
+    """
 
-    def __init__(self, listen: str, socket_path: Path, tls: TlsFiles | None) -> None:
-        self._listen, self._socket_path, self._tls = listen, socket_path, tls
+    def __init__(self, listen: str, socket_path: Path, tls: TlsFiles | None, num_nodes: int = 1) -> None:
+        self._listen, self._socket_path, self._tls, self._num_nodes = listen, socket_path, tls, num_nodes
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
+        self._num_alive = 0
+        self._complete, self._incomplete = asyncio.Event(), asyncio.Event()
 
     async def start(self) -> None:
         """Listen. Raises ConfigError where that cannot be."""
         host, port = parse_address(self._listen, what="nodes_listen")
-        context = None if self._tls is None else peer_context(self._tls, server=True)
+        context, timeout_s = None, None
+        if self._tls is not None:
+            timeout_s = GREETING_S
+            context = counted(peer_context(self._tls, server=True), "nodes", timeout_s)
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, ssl=context)
+            self._server = await asyncio.start_server(
+                self._serve, host, port, ssl=context, ssl_handshake_timeout=timeout_s
+            )
         except OSError as error:
             raise ConfigError(f"nodes_listen: {self._listen}: {error.strerror}") from error
 
@@ -51,6 +62,14 @@ class Relay:
         """Where it listens."""
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
+
+    async def wait_complete(self) -> None:
+        """Return when every other machine is there. What ran of an earlier start is over by then."""
+        await self._complete.wait()
+
+    async def lost(self) -> None:
+        """Return when one of them, after all were there, is gone."""
+        await self._incomplete.wait()
 
     async def stop(self) -> None:
         """Close everything; nodes end with it. Idempotent."""
@@ -65,6 +84,7 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._open.add(task)
+        tune(writer.get_extra_info("socket"))
         try:
             async with asyncio.timeout(GREETING_S):
                 kind = await reader.readexactly(1)
@@ -72,9 +92,7 @@ class Relay:
             if self._tls is not None and Caller.WORKER not in callers_at(connection):
                 log.warning("node_refused", reason="its certificate is no worker's")
             elif kind == LIFE:
-                # Until it, or we, are gone.
-                while await reader.read(BLOCK):
-                    pass
+                await self._live(reader)
             elif kind == RANK:
                 local = await asyncio.open_unix_connection(str(self._socket_path))
                 await carry((reader, writer), local)
@@ -86,6 +104,19 @@ class Relay:
         finally:
             writer.close()
             self._open.discard(task)
+
+    async def _live(self, reader: asyncio.StreamReader) -> None:
+        """Until it, or we, are gone."""
+        self._num_alive += 1
+        if self._num_alive >= self._num_nodes:
+            self._complete.set()
+        try:
+            while await reader.read(BLOCK):
+                pass
+        finally:
+            self._num_alive -= 1
+            if self._complete.is_set():
+                self._incomplete.set()
 
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -119,6 +150,7 @@ async def dial(address: str, kind: bytes, tls: TlsFiles | None) -> Streams:
         reader, writer = await asyncio.open_connection(
             host, port, ssl=context, server_hostname=host if context is not None else None
         )
+    tune(writer.get_extra_info("socket"))
     writer.write(kind)
     return reader, writer
 

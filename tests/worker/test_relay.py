@@ -6,14 +6,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from hexgen2.config import NodeConfig, VllmEngineConfig
+from hexgen2 import metrics
+from hexgen2.config import NodeConfig, VllmEngineConfig, WorkerConfig
+from hexgen2.engine.emulated import EmulatedEngine
 from hexgen2.engine.vllm_args import engine_args
 from hexgen2.errors import EngineFailed
 from hexgen2.security.tls import TlsFiles
 from hexgen2.worker import node
-from hexgen2.worker.relay import RANK, Relay, carrying, dial
+from hexgen2.worker import relay as relays
+from hexgen2.worker.loading import loading
+from hexgen2.worker.relay import LIFE, RANK, Relay, carrying, dial
 from tests.certificates import Authority
+from tests.eventually import eventually
 
 LIMIT_S = 60.0
 
@@ -76,12 +82,58 @@ async def greet(relay: Relay, files: TlsFiles | None) -> bytes:
 
 @pytest.mark.parametrize("who", ["stranger", "gateway", "plain"])
 async def test_who_is_no_worker_reaches_nothing(
-    tmp_path: Path, authority: Authority, stranger: Authority, who: str
+    tmp_path: Path, authority: Authority, stranger: Authority, who: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if who == "stranger":
+        # It does not trust us either, and leaves without a word: it counts when its time is over.
+        monkeypatch.setattr(relays, "GREETING_S", 1.0)
     files = {"stranger": stranger.files("worker"), "gateway": authority.files("gateway"), "plain": None}[who]
+    failed = metrics.TLS_HANDSHAKES_FAILED.labels("nodes")._value
+    before = failed.get()
     async with asyncio.timeout(LIMIT_S), relaying(tmp_path, authority.files("worker")) as relay:
         with pytest.raises((OSError, asyncio.IncompleteReadError)):
             await greet(relay, files)
+        # A gateway's certificate is one of the fleet's; it is its role that is refused.
+        await eventually(lambda: failed.get() == before + (who != "gateway"))
+
+
+async def test_a_worker_starts_when_all_machines_are_there_and_ends_its_start_when_one_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starting = asyncio.Event()
+
+    async def start(_: EmulatedEngine) -> None:
+        starting.set()
+        # As vLLM, which would wait for its ranks elsewhere.
+        await asyncio.sleep(LIMIT_S)
+
+    monkeypatch.setattr(EmulatedEngine, "start", start)
+    config = WorkerConfig.model_validate({"role": "decode", "engine": {"kind": "emulated"}, "kv": {"transport": "tcp"}})
+    async with asyncio.timeout(LIMIT_S), loading(config) as loaded:
+        relay = loaded.relay = Relay("127.0.0.1:0", loaded.ranks.socket_path, None, num_nodes=2)
+        await relay.start()
+        address = f"127.0.0.1:{relay.port}"
+        loading_all = asyncio.ensure_future(loaded.start())
+        _, first = await dial(address, LIFE, None)
+        # One connection of a node's ranks is no further machine.
+        _, rank = await dial(address, RANK, None)
+        await asyncio.wait((asyncio.ensure_future(starting.wait()),), timeout=0.2)
+        assert not starting.is_set()
+        _, second = await dial(address, LIFE, None)
+        await starting.wait()
+        first.close()
+        with pytest.raises(EngineFailed, match="another machine of this replica was lost"):
+            await loading_all
+        for writer in (rank, second):
+            writer.close()
+        await relay.stop()
+
+
+@pytest.mark.parametrize(("nnodes", "listen"), [(2, ""), (1, "127.0.0.1:0")])
+def test_a_worker_waits_for_nodes_where_and_only_where_it_has_some(tmp_path: Path, nnodes: int, listen: str) -> None:
+    engine = VllmEngineConfig(model=tmp_path, nnodes=nnodes)
+    with pytest.raises(ValidationError, match=f"needed with engine.nnodes: {nnodes}"):
+        WorkerConfig(role="decode", engine=engine, nodes_listen=listen)
 
 
 async def test_a_node_ends_when_its_worker_does_so_that_it_is_started_again(
