@@ -105,8 +105,8 @@ def deck(*, roles: Sequence[str], links: bool, seconds: float) -> list[Card]:
             continue
         cards += [
             Card("link down", role, _link(Link.down, Link.up, 0.2, 3.0)),
-            Card("link silent", role, _link(Link.silence, Link.unshape, 0.2, 3.0)),
-            Card("link silent", role, _link(Link.silence, Link.unshape, 6.0, 9.0)),
+            Card("link silent", role, _link(Link.silence, Link.speak, 0.2, 3.0)),
+            Card("link silent", role, _link(Link.silence, Link.speak, 6.0, 9.0)),
         ]
         for megabits in (2.0, 20.0):
             cards.append(Card("link shaped", role, _link(_shaper(megabits * 1e6), Link.unshape, 1.0, 4.0)))

@@ -18,10 +18,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import click
+import grpc
 from tokenizers import Tokenizer
 
 from benchmarks.exactness import questions, run
-from benchmarks.two_machines.fleet import MIB, WIDE, Fleet, inventory, plan
+from benchmarks.two_machines.fleet import MIB, WIDE, Fleet, FleetError, inventory, plan
 from hexgen2.bench import netns
 from hexgen2.cli.fleet_config import default_model
 from hexgen2.config import VllmEngineConfig
@@ -74,7 +75,7 @@ async def drive(
         if left := fleet.left():
             raise Wrong(f"{left} processes are left on the second machine")
         if fault == "silent":
-            fleet.link.unshape()
+            fleet.link.speak()
         await fleet.start(f"node-{WIDE}", f"worker-{WIDE}")
         say("both started again: ready", await fleet.wait_ready(START_S))
         await ask()
@@ -128,7 +129,10 @@ def main(
 
     with tempfile.TemporaryDirectory(prefix="hexgen2-") as made:
         (folder or Path(made)).mkdir(parents=True, exist_ok=True)
-        asyncio.run(all_of_it((folder or Path(made)).absolute()))
+        try:
+            asyncio.run(all_of_it((folder or Path(made)).absolute()))
+        except (FleetError, Wrong, TimeoutError, grpc.aio.AioRpcError) as error:
+            raise click.ClickException(str(error) or "a process did not end") from error
     if as_json:
         click.echo(json.dumps(seen, indent=1))
 

@@ -48,9 +48,10 @@ def test_a_link_carries_is_shaped_falls_silent_and_is_cut_and_mended() -> None:
         assert read(10.0)
         # 4 Mbit, less what may leave at once: no faster than the link.
         assert time.monotonic() - began > 0.3
+        link.unshape()
         link.silence()
         assert not read(0.5)
-        link.unshape()
+        link.speak()
         assert read(10.0)
         link.down()
         assert not read(0.5)
