@@ -93,6 +93,7 @@ def compose(deployment: Deployment) -> dict[str, Any]:
     for worker in deployment.workers:
         services[worker.name] = _worker(worker, deployment, shares_memory=shares_memory)
     services["gateway"] = _gateway(deployment)
+    services["admin"] = _admin()
     services |= _observability(deployment)
     return {
         "name": "hexgen2",
@@ -197,6 +198,20 @@ def _coordinator(deployment: Deployment) -> Service:
         plan = {"type": "bind", "source": f"./{deployment.file('plan.yaml')}", "target": PLAN, "read_only": True}
         service["volumes"].append(plan | {"bind": {"create_host_path": False}})
     return service
+
+
+def _admin() -> Service:
+    """Not of those that run: `docker compose run --rm admin COMMAND` asks the coordinator, where that is local."""
+    return {
+        **_base("control", ""),
+        "profiles": ["admin"],
+        "command": ["status"],
+        "environment": {"HEXGEN2_TLS": TLS},
+        "volumes": [f"certs-{Caller.ADMIN}:{TLS}:ro"],
+        "network_mode": "service:coordinator",
+        "depends_on": {"coordinator": {"condition": "service_healthy"}},
+        "restart": "no",
+    }
 
 
 def _tls() -> TlsConfig:

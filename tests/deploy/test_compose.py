@@ -108,6 +108,8 @@ def test_no_process_has_the_certificates_of_another_role() -> None:
         mounted = [volume.split(":")[0] for volume in services[name]["volumes"] if volume.startswith("certs")]
         assert mounted == [f"certs-{role}"]
         assert services[name]["command"].count("--tls") == 1
+    assert services["admin"]["volumes"] == ["certs-admin:/var/lib/hexgen2/tls:ro"]
+    assert services["admin"]["profiles"] == ["admin"]
 
 
 def test_flags_say_what_differs_from_the_defaults() -> None:
