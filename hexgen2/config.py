@@ -205,6 +205,11 @@ class CoordinatorConfig(Config):
     listen: str = "127.0.0.1:50052"
     metrics_listen: str = Field("", description="host:port of Prometheus metrics; empty: none")
     page_listen: str = Field("", description="host:port of the page that shows the fleet, over HTTP; empty: none")
+    page_names: str = Field(
+        "",
+        description="names that the page answers to beside addresses, with commas between; default: `localhost` where "
+        "it listens on a loopback address, any elsewhere",
+    )
     codec: Codec = Field("none", description="what KV travels in between workers; others than none lose a little")
     plan: Path | None = Field(None, description="a plan.yaml whose replicas and routes it is to have; none: all to all")
     replan: bool = Field(False, description="with a plan: give replicas other roles as requests change or replicas go")

@@ -96,6 +96,8 @@ def main(
     console.print(f"logs: {kept}", highlight=False)
     try:
         found = asyncio.run(_until_terminated(rack, base, image))
+    except asyncio.CancelledError:
+        raise click.Abort from None
     except HexgenError as error:
         raise click.ClickException(str(error)) from error
     report.show(found, console)

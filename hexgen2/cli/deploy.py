@@ -26,7 +26,10 @@ USES = (
     ("docker compose{file} up", "build the images, start everything"),
     ("curl localhost:8000/v1/models", "OpenAI-compatible HTTP; gRPC is on 50051, a page to look at on 8001"),
     ("docker compose{file} exec gateway hexgen2 trace last", "where the last request's time went"),
-    ("docker compose{file} run --rm admin status", "plan, replicas, load; so every command that asks the coordinator"),
+    (
+        "docker compose{file} run --rm --no-deps admin status",
+        "plan, replicas, load; so every command that asks the coordinator",
+    ),
     (
         "COMPOSE_PROFILES=observability docker compose{file} up",
         "with Grafana (3000), Prometheus (9090), Jaeger (16686)",

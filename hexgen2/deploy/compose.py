@@ -184,6 +184,8 @@ def _coordinator(deployment: Deployment) -> Service:
             "listen": f"0.0.0.0:{COORDINATOR_PORT}",
             "metrics_listen": f"0.0.0.0:{METRICS_PORT}",
             "page_listen": f"0.0.0.0:{PAGE_PORT}",
+            # Published to this machine alone, whose people call it so.
+            "page_names": "localhost",
             "tls": _tls(),
             "plan": Path(PLAN) if deployment.planned else None,
         }
@@ -201,7 +203,7 @@ def _coordinator(deployment: Deployment) -> Service:
 
 
 def _admin() -> Service:
-    """Not of those that run: `docker compose run --rm admin COMMAND` asks the coordinator, where that is local."""
+    """Not of those that run: `docker compose run --rm --no-deps admin COMMAND`, beside the coordinator."""
     return {
         **_base("control", ""),
         "profiles": ["admin"],

@@ -81,7 +81,9 @@ async def serve(config: CoordinatorConfig) -> None:
         # Outside the task group, which would wrap its error.
         address = await server.start()
         stack.push_async_callback(server.stop, 0.0)
-        page_address = await stack.enter_async_context(page_served(config.page_listen, service.fleet))
+        page_address = await stack.enter_async_context(
+            page_served(config.page_listen, service.fleet, names=config.page_names)
+        )
 
         async def start() -> None:
             await server.set_serving(True)

@@ -68,6 +68,14 @@ async def test_elsewhere_it_may_have_any_name() -> None:
             assert (await http.get("/", headers={"host": "fleet.example.com"})).status_code == 200
 
 
+async def test_in_a_container_it_has_the_names_that_are_given() -> None:
+    async with page_served("0.0.0.0:0", fleet, names="localhost, Desk") as address:
+        port = address.rpartition(":")[2]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            for host, status in (("localhost:8001", 200), ("desk", 200), ("10.0.0.7", 200), ("fleet.example.com", 421)):
+                assert (await http.get("/", headers={"host": host})).status_code == status, host
+
+
 async def test_the_state_is_json_of_what_the_page_shows(address: str) -> None:
     async with httpx.AsyncClient(base_url=f"http://{address}") as http:
         state = (await http.get("/state.json")).json()

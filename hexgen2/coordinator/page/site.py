@@ -60,15 +60,19 @@ class Answer:
 class Site:
     """Answers of the page's paths. ``look`` says what the fleet is now, ``clock`` is for how old a rendering is.
 
-    ``local``: only for who asks for this machine by ``localhost`` or an address, as its own people do. A name of
-    somebody else's that leads here comes from a page elsewhere, which would read this one (DNS rebinding).
+    ``names``: only for who asks for this machine by one of these, or by an address, as its own people do. A name of
+    somebody else's that leads here comes from a page elsewhere, which would read this one (DNS rebinding). None: any.
     """
 
     def __init__(
-        self, look: Callable[[], Fleet], clock: Callable[[], float] = monotonic, *, local: bool = False
+        self,
+        look: Callable[[], Fleet],
+        clock: Callable[[], float] = monotonic,
+        *,
+        names: frozenset[str] | None = None,
     ) -> None:
         self._look = look
-        self._local = local
+        self._names = names
         self._clock = clock
         self._trends = Trends()
         self._files = {path: (_FOLDER / path.removeprefix("/")).read_bytes() for path in _FILES}
@@ -97,8 +101,10 @@ class Site:
         if scope["type"] != "http":
             # No WebSocket is opened.
             return
-        if self._local and not _is_this_machine(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
-            found = Answer(421, "text/plain", b"this page is served on localhost only: ask for it by that name\n")
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        if self._names is not None and not _is_among(host, self._names):
+            told = f"this page answers to {', '.join(sorted(self._names))}, or an address (page_names)\n"
+            found = Answer(421, "text/plain", told.encode())
         else:
             found = self.answer(scope["method"], scope["path"])
         headers = {**HEADERS, **found.headers, "content-type": found.kind, "content-length": str(len(found.body))}
@@ -121,13 +127,13 @@ class Site:
         return msgspec.json.encode(view(self._look()))
 
 
-def _is_this_machine(host: str) -> bool:
-    """Whether a Host header (with a port or without) is ``localhost`` or an IP address."""
+def _is_among(host: str, names: frozenset[str]) -> bool:
+    """Whether a Host header (with a port or without) is one of ``names`` or an IP address."""
     try:
         name, _ = parse_address(host)
     except ConfigError:
         name = host.strip("[]")
-    if name.lower() == "localhost":
+    if name.lower() in names:
         return True
     try:
         ipaddress.ip_address(name)
@@ -137,8 +143,11 @@ def _is_this_machine(host: str) -> bool:
 
 
 @asynccontextmanager
-async def page_served(listen: str, look: Callable[[], Fleet], limits: Limits = LIMITS) -> AsyncIterator[str]:
+async def page_served(
+    listen: str, look: Callable[[], Fleet], limits: Limits = LIMITS, *, names: str = ""
+) -> AsyncIterator[str]:
     """The page on ``listen`` (host:port, port 0 for any) for the length of a block; none when that is empty.
+    ``names`` that it answers to, with commas between: by default ``localhost`` on loopback, and any elsewhere.
 
     Yields the address, or "".
 
@@ -149,7 +158,10 @@ async def page_served(listen: str, look: Callable[[], Fleet], limits: Limits = L
         yield ""
         return
     host, _ = parse_address(listen, what="page_listen")
-    site = Site(look, local=is_loopback(host))
+    known = frozenset(name.strip().lower() for name in names.split(",") if name.strip())
+    if not known and is_loopback(host):
+        known = frozenset({"localhost"})
+    site = Site(look, names=known or None)
     server = HttpServer(site, listen, limits=limits, what="page_listen")
     try:
         address = await server.start()
