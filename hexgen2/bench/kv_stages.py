@@ -38,7 +38,8 @@ def _gather(*_args: object, **_place: int) -> None:
 
 def _move(moves: Sequence[Move], _key: object) -> list[int]:
     for to, of, heads, size, _ in moves:
-        ctypes.memmove(to, of, heads * size)
+        if to != of:
+            ctypes.memmove(to, of, heads * size)
     return _leave_many(None, moves)
 
 

@@ -216,7 +216,7 @@ class KvAgent:
         for transport in self._transports:
             transport.register(
                 self._send.buffer if self._send.num_pages else None,
-                self._staging.reads.landing if self._staging.num_pages else None,
+                self._staging.reads.reachable(transport) if self._staging.num_pages else None,
             )
         reader = agent_reader()
         with socket.socket(socket.AF_UNIX) as service, selectors.DefaultSelector() as selector:

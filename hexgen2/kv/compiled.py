@@ -100,14 +100,19 @@ def _copy_and_sum(
 
 
 def _move_pieces(sums: Any, pieces: Any, multipliers: Any, step: Any) -> None:
-    """Each of ``pieces``: addresses to and of, heads, bytes of a head, what to add to the first head's sum."""
+    """Each of ``pieces``: addresses to and of (the same: it is only summed up), heads, bytes of a head, what to add
+    to the first head's sum."""
     at = 0
     for number in range(len(pieces)):
         to, of, heads = pieces[number, 0], pieces[number, 1], pieces[number, 2]
         size, base = pieces[number, 3], pieces[number, 4]
         factors = multipliers[: size // 4].view(np.int64)
         for head in range(heads):
-            sums[at] = base + head * step + _move(to + head * size, of + head * size, factors, size // 8)
+            sums[at] = base + head * step
+            if to == of:
+                sums[at] += _sum(of + head * size, factors, size // 8)
+            else:
+                sums[at] += _move(to + head * size, of + head * size, factors, size // 8)
             at += 1
 
 

@@ -91,8 +91,8 @@ def _sum(
     return sums
 
 
-#: A piece that is contiguous at both ends: its addresses there and here, heads, bytes of a head, and what is added to
-#: the first head's sum.
+#: A piece that is contiguous at both ends: its addresses there and here (the same: it is only summed up), heads, bytes
+#: of a head, and what is added to the first head's sum.
 Move = tuple[int, int, int, int, int]
 
 

@@ -54,6 +54,7 @@ class _Read:
     endpoint: bytes
     spans: tuple[Span, ...]
     polls_left: int
+    revoked: bool = False
     dropped_at: int | None = None  # network._num_releases then
 
     @property
@@ -67,7 +68,10 @@ class MemoryTransport:
     name = "memory"
     local = "memory"
 
-    def __init__(self, network: MemoryNetwork, bytes_per_poll: int | None = None) -> None:
+    def __init__(
+        self, network: MemoryNetwork, bytes_per_poll: int | None = None, *, direct: bool = False, revocable: bool = True
+    ) -> None:
+        self.may_be_direct, self._revocable = direct, revocable
         #: What our reads get each poll, one read after another; None: all they want. 0 is a silent link.
         self.bytes_per_poll = bytes_per_poll
         self._earned_bytes = 0
@@ -117,6 +121,17 @@ class MemoryTransport:
             self._earned_bytes = 0
         return over
 
+    def is_direct(self, endpoint: bytes) -> bool:
+        """As it was made."""
+        return self.may_be_direct
+
+    def revoke(self, handle: int) -> bool:
+        """It will be over when it would have been; as it was made."""
+        read = self._reads.get(handle)
+        if read is not None and self._revocable:
+            read.revoked = True
+        return self._revocable
+
     def landed_bytes(self, handle: int) -> int:
         """Nobody can tell."""
         return 0
@@ -161,15 +176,16 @@ class MemoryTransport:
         assert send is not None, "read() checked it"
         assert landing is not None, "read() checked it"
         fails = network.fail > 0
-        for span in read.spans[: len(read.spans) // 2] if fails else read.spans:
+        spans = () if read.revoked else read.spans
+        for span in spans[: len(spans) // 2] if fails else spans:
             source = send[span.remote_offset : span.remote_offset + span.num_bytes]
             landing[span.local_offset : span.local_offset + span.num_bytes].copy_(source)
         if fails:
             network.fail -= 1
             return TransportError("memory: this read was told to fail")
-        if network.corrupt > 0:
+        if network.corrupt > 0 and spans:
             network.corrupt -= 1
-            span = read.spans[-1]
+            span = spans[-1]
             landing[span.local_offset + span.num_bytes // 2] ^= 0x10
         return None
 

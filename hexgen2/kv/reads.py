@@ -1,8 +1,12 @@
-"""The registered memory that reads land in, and the reads: queued by peer, taken by routes in bundles, each piece in a
-slot. A route that breaks or stalls leaves its pieces to the others; only without any are they lost.
+"""The registered memory that reads land in, and the reads: queued by peer, taken by routes in bundles. A route that
+breaks or stalls leaves its pieces to the others; only without any are they lost.
+
+A piece lands in a slot, or, where its route is direct, where it is to stay.
 
 A slot is reused only once its read is known to be over, also when nobody wants what it reads any more: until then it
 is in quarantine. A route whose given-up reads are not over gets no new ones, so a peer's quarantine does not grow.
+Direct reads are revoked when they are given up. Where they cannot be, no peer can delay them: whoever owns the place
+waits until they are over (``Claim.num_direct``), and they are never asked for twice.
 """
 
 from collections import OrderedDict, deque
@@ -24,6 +28,9 @@ MAX_PIECES_PER_READ = 64
 MAX_READ_BYTES = 1 << 22
 #: While reads are open or wait, ``pump`` must be called at least so often.
 CHECK_S = 0.25
+#: Instead of a slot.
+IN_PLACE = -1
+_NO_LIMIT = 1 << 62
 # Peers that have nothing to do are forgotten beyond this many, oldest first: restarted ones leave endpoints behind.
 _MAX_PEERS = 256
 
@@ -39,10 +46,14 @@ class RouteUse:
 
 @dataclass(slots=True)
 class Claim:
-    """One transfer's share of the slots. No longer ``wanted`` after ``Reads.drop``. ``routes``: by name."""
+    """One transfer's share of the slots. No longer ``wanted`` after ``Reads.drop``. ``routes``: by name.
+
+    ``num_direct``: its pieces that reads may still write where they are to stay.
+    """
 
     wanted: bool = True
     num_slots: int = 0
+    num_direct: int = 0
     routes: dict[str, RouteUse] = field(default_factory=dict)
 
 
@@ -64,6 +75,10 @@ class Readable(Protocol):
     @property
     def num_bytes(self) -> int:
         """Its length."""
+
+    @property
+    def stays_at(self) -> int | None:
+        """Where in ``landing`` it is to stay as it comes; None where it must be copied from a slot anyway."""
 
 
 J = TypeVar("J", bound=Readable)
@@ -90,6 +105,8 @@ class _Read(Generic[J]):
     posted_ns: int
     landed_bytes: int = 0
     abandoned: bool = False
+    direct: bool = False
+    revoked: bool = False
 
 
 @dataclass(slots=True)
@@ -97,20 +114,21 @@ class Bundle(Generic[J]):
     """What has landed of one read and is still wanted: nothing writes it any more until ``Reads.free``."""
 
     read: _Read[J]
-    #: Each with the slot that it is in.
+    #: Each with the slot that it is in, or ``IN_PLACE``.
     pieces: list[tuple[J, int]]
 
 
 class Reads(Generic[J]):
-    """``landing`` is to be registered with every transport. One thread calls everything.
+    """``reachable`` is to be registered with every transport. One thread calls everything.
 
     Args:
         transports: ours, in order; see ``add``.
-        landing_bytes: of ``landing``.
+        landing_bytes: of the slots.
         slot_bytes: the longest piece.
         device: of ``landing``.
         stall_s: a route on which no byte has come for so long, though reads are open, is given up.
         clock: seconds.
+        stay_bytes: of memory behind the slots, for pieces that are to stay where they land.
     """
 
     def __init__(
@@ -121,8 +139,10 @@ class Reads(Generic[J]):
         device: torch.device,
         stall_s: float,
         clock: Callable[[], float] = monotonic,
+        stay_bytes: int = 0,
     ) -> None:
-        self.landing = buffer(landing_bytes // slot_bytes * slot_bytes, device)
+        self.stays_from = landing_bytes // slot_bytes * slot_bytes
+        self.landing = buffer(self.stays_from + stay_bytes, device)
         self._transports = tuple(transports)
         self._slot_bytes = slot_bytes
         self._stall_s = stall_s
@@ -138,6 +158,11 @@ class Reads(Generic[J]):
         self._clock, self._clocked, self._now = clock, clock(), 0.0
         self._checked_at = 0.0
         self._full_since: float | None = None
+
+    def reachable(self, transport: Transport) -> torch.Tensor:
+        """What of ``landing`` to register with it: memory that is to stay only where reads may go there."""
+        direct = transport.may_be_direct and self.landing.device.type == "cpu"
+        return self.landing if direct else self.landing[: self.stays_from]
 
     @property
     def quarantine_bytes(self) -> int:
@@ -169,9 +194,14 @@ class Reads(Generic[J]):
 
     def drop(self, claim: Claim) -> None:
         """Nobody wants the reads of this claim any more. Idempotent."""
-        if claim.wanted:
-            claim.wanted = False
-            self._num_quarantined += claim.num_slots
+        if not claim.wanted:
+            return
+        claim.wanted = False
+        self._num_quarantined += claim.num_slots
+        if claim.num_direct:
+            for read in self._open.values():
+                if read.direct and read.bundle[0][0].claim is claim:
+                    self._revoke(read)
 
     def poll(self) -> list[Bundle[J]]:
         """What has landed; each is to be given back with ``free``, at the latest when its claim is dropped."""
@@ -187,13 +217,16 @@ class Reads(Generic[J]):
 
     def free(self, bundle: Bundle[J]) -> None:
         """Nobody looks at its slots any more."""
+        if bundle.read.direct:
+            return
         # The last first: what is taken next is in order then, and in the cache.
         for job, slot in reversed(bundle.pieces):
             self._free(bundle.read, job, slot)
 
-    def offset(self, slot: int) -> int:
-        """Where a slot begins in ``landing``."""
-        return slot * self._slot_bytes
+    def offset(self, job: J, slot: int) -> int:
+        """Where a piece is in ``landing``."""
+        at = job.stays_at if slot == IN_PLACE else None
+        return slot * self._slot_bytes if at is None else at
 
     def pump(self) -> list[tuple[J, str]]:
         """Let each route take one read, if it has room, peers in turn. Returns what cannot be read, and why.
@@ -233,8 +266,10 @@ class Reads(Generic[J]):
         if error is not None and not read.abandoned:
             self._requeue(read)
         good = error is None and not read.abandoned
+        if read.direct:
+            self._let_go(read)
         bundle = Bundle(read, [(job, slot) for job, slot in read.bundle if good and job.claim.wanted])
-        if len(bundle.pieces) < len(read.bundle):
+        if len(bundle.pieces) < len(read.bundle) and not read.direct:
             for job, slot in read.bundle:
                 if not (good and job.claim.wanted):
                     self._free(read, job, slot)
@@ -250,34 +285,46 @@ class Reads(Generic[J]):
             return False
         # A peer that is slow or stopped may hold half of the slots, never all: the others' transfers go on.
         share = max(1, (self._num_slots - self._num_quarantined) // 2) - peer.num_slots
-        piece_bytes = peer.jobs[0].num_bytes
-        limit_bytes = sum(each.open_bytes for each in peer.routes) + share * piece_bytes
+        first, transport = peer.jobs[0], self._transports[route.transport]
+        piece_bytes = first.num_bytes
+        direct = first.stays_at is not None and transport.is_direct(route.endpoint)
+        most = MAX_PIECES_PER_READ if direct else min(share, MAX_PIECES_PER_READ, len(self._slots))
+        limit_bytes = sum(each.open_bytes for each in peer.routes) + (_NO_LIMIT if direct else share * piece_bytes)
         room = min(room_bytes(route, peer.routes, peer.waiting_bytes, piece_bytes, limit_bytes, now), MAX_READ_BYTES)
         bundle: list[tuple[J, int]] = []
         num_bytes = 0
-        while peer.jobs and self._slots and room > 0 and len(bundle) < min(share, MAX_PIECES_PER_READ):
+        while peer.jobs and room > 0 and len(bundle) < most:
             job = peer.jobs[0]
             if bundle and num_bytes + job.num_bytes > room:
                 break
+            if direct and job.claim is not first.claim:
+                break  # of one transfer, so that it can be revoked with that
             peer.waiting_bytes -= peer.jobs.popleft().num_bytes
             if job.claim.wanted:
-                job.claim.num_slots += 1
-                peer.num_slots += 1
+                bundle.append((job, IN_PLACE if direct else self._slots.pop()))
                 num_bytes += job.num_bytes
-                bundle.append((job, self._slots.pop()))
         if not bundle:
             return False
-        read = _Read(0, peer, route, bundle, num_bytes, route.incident, now, time_ns())
-        spans = [Span(job.remote_offset, self.offset(slot), job.num_bytes) for job, slot in bundle]
+        read = _Read(0, peer, route, bundle, num_bytes, route.incident, now, time_ns(), direct=direct)
+        if direct:
+            first.claim.num_direct += len(bundle)
+        else:
+            peer.num_slots += len(bundle)
+            for job, _ in bundle:
+                job.claim.num_slots += 1
+        spans = [Span(job.remote_offset, self.offset(job, slot), job.num_bytes) for job, slot in bundle]
         route.posted(num_bytes, now)
         try:
-            read.handle = self._transports[route.transport].read(route.endpoint, spans)
+            read.handle = transport.read(route.endpoint, spans)
         except TransportError as error:
             route.open_bytes -= num_bytes
             route.failed(read.incident, str(error), now)
             self._requeue(read)
-            for job, slot in bundle:
-                self._free(read, job, slot)
+            if direct:
+                self._let_go(read)
+            else:
+                for job, slot in bundle:
+                    self._free(read, job, slot)
             return True
         self._open[route.transport, read.handle] = read
         peer.reads[id(read)] = read
@@ -312,15 +359,29 @@ class Reads(Generic[J]):
 
     def _abandon(self, read: _Read[J]) -> None:
         """Leave the read's pieces to other routes; its slots wait until it is over."""
-        if read.abandoned:
+        if read.abandoned or (read.direct and not self._revoke(read)):
             return
         read.abandoned = True
         read.route.num_abandoned += 1
         self._requeue(read)
+        if read.direct:
+            return
         for job, _ in read.bundle:
             if job.claim.wanted:
                 self._num_quarantined += 1
             job.claim.num_slots -= 1
+
+    def _revoke(self, read: _Read[J]) -> bool:
+        """Whether a direct read writes nothing any more."""
+        if not read.revoked and self._transports[read.route.transport].revoke(read.handle):
+            self._let_go(read)
+        return read.revoked
+
+    def _let_go(self, read: _Read[J]) -> None:
+        """A direct read writes nothing any more."""
+        if not read.revoked:
+            read.revoked = True
+            read.bundle[0][0].claim.num_direct -= len(read.bundle)
 
     def _requeue(self, read: _Read[J]) -> None:
         """The read's pieces are next."""

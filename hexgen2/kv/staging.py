@@ -1,5 +1,5 @@
-"""Staging of one rank: each piece that has landed (``kv.reads``) is copied once to a private page and digested there,
-so that what was verified is what is loaded, whatever still happens to the slot it landed in.
+"""Staging of one rank: each piece that has landed (``kv.reads``) is in a private page once it is digested, so that what
+was verified is what is loaded. It is copied there from its slot, which may be written again, or it has landed there.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from hexgen2.kv.codec import to_wire
-from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.layout import Pick, plan_picks
 from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, RouteShare, Source, ToService
 from hexgen2.kv.pieces import TORCH_DTYPE, PieceFormat
@@ -66,8 +65,10 @@ class _Job:
     num_bytes: int
     #: As announced.
     digests: tuple[int, ...]
-    #: Where its copy begins, in bytes of staging.
+    #: Where it is to stay, in bytes of ``Reads.landing``.
     at: int
+    #: Whether it may land there: it comes as it is to stay.
+    as_it_comes: bool
 
     @property
     def claim(self) -> Claim:
@@ -76,6 +77,10 @@ class _Job:
     @property
     def peer(self) -> tuple[bytes, ...]:
         return self.source.endpoints
+
+    @property
+    def stays_at(self) -> int | None:
+        return self.at if self.as_it_comes else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +132,14 @@ class Staging:
         self.layout = layout
         self.device = device
         self.num_pages = staging_bytes // layout.page_bytes
-        self.reads: Reads[_Job] = Reads(transports, landing_bytes, layout.slot_bytes, device, stall_s)
+        pages_bytes = self.num_pages * layout.page_bytes
+        self.reads: Reads[_Job] = Reads(
+            transports, landing_bytes, layout.slot_bytes, device, stall_s, stay_bytes=pages_bytes
+        )
         self._transports = tuple(transports)
-        pages = buffer(self.num_pages * layout.page_bytes, device)
-        self._values = pages.view(TORCH_DTYPE[layout.shape.dtype])
-        self._values_at, self._landing_at = pages.data_ptr(), self.reads.landing.data_ptr()
+        memory = self.reads.landing
+        self._values = memory.view(TORCH_DTYPE[layout.shape.dtype])
+        self._memory_at = memory.data_ptr()
         self._recvs: dict[str, _Recv] = {}
         self._lock = Lock()
         self._verifier: Verifier[Bundle[_Job], list[_Verified]] = Verifier(self._verify, wake)
@@ -170,7 +178,8 @@ class Staging:
             theirs = recv.layouts[piece.rank]
             start, stop = chunk_span(piece.chunk, recv.request.num_tokens)
             per_head = recv.format.head_bytes(stop - start)
-            page = recv.request.pages[piece.chunk] * self.layout.page_bytes
+            as_it_comes = recv.format.keeps(self._values.dtype)
+            page = self.reads.stays_from + recv.request.pages[piece.chunk] * self.layout.page_bytes
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
                 first = pick.first_kv_head - source.slice.first_kv_head
                 ours = pick.first_kv_head - self.layout.slice.first_kv_head
@@ -187,6 +196,7 @@ class Staging:
                         num_bytes=pick.num_kv_heads * per_head,
                         digests=piece.digests[first : first + pick.num_kv_heads],
                         at=page + self.layout.piece_offset(piece.layer) + ours * self._head_bytes(stop - start),
+                        as_it_comes=as_it_comes,
                     )
                 )
 
@@ -212,14 +222,14 @@ class Staging:
         self._verifier.stop()
 
     def close(self, transfer_id: str) -> bool:
-        """Give the transfer up. False while something is copied to or from its pages: ask again after a ``turn``."""
+        """Give the transfer up. False while something reads or writes its pages: ask again after a ``turn``."""
         with self._lock:
             recv = self._recvs.get(transfer_id)
             if recv is None:
                 return True
             recv.open = False
             self.reads.drop(recv.claim)
-            if recv.loading or recv.num_verifying:
+            if recv.loading or recv.num_verifying or recv.claim.num_direct:
                 return False
             del self._recvs[transfer_id]
             return True
@@ -243,13 +253,15 @@ class Staging:
     def piece(self, page: int, layer: int, num_tokens: int) -> torch.Tensor:
         """View of ``[kv_head, 2, token, head_dim]`` in a page."""
         heads, head_dim = self.layout.slice.num_kv_heads, self.layout.shape.head_dim
-        at = (page * self.layout.page_bytes + self.layout.piece_offset(layer)) // self._values.element_size()
+        at = self.reads.stays_from + page * self.layout.page_bytes + self.layout.piece_offset(layer)
         row = num_tokens * head_dim
         # One call into torch: pieces are small enough for each to count.
-        return self._values.as_strided((heads, 2, num_tokens, head_dim), (2 * row, row, head_dim, 1), at)
+        return self._values.as_strided(
+            (heads, 2, num_tokens, head_dim), (2 * row, row, head_dim, 1), at // self._values.itemsize
+        )
 
     def _verify(self, bundle: "Bundle[_Job]") -> "list[_Verified]":
-        """Copy each piece to its page and digest the copy. Runs in any thread."""
+        """Copy each piece to its page, if it is not there, and digest it there. Runs in any thread."""
         verified: list[_Verified] = []
         pieces = bundle.pieces
         while len(verified) < len(pieces):
@@ -262,12 +274,12 @@ class Staging:
         return verified
 
     def _move(self, recv: _Recv, pieces: "list[tuple[_Job, int]]") -> list[tuple[int, ...]]:
-        """The digests of each piece's copy."""
+        """The digests of each piece in its page."""
         if recv.format.keeps(self._values.dtype):
             moves = [
                 recv.format.as_move(
-                    self._values_at + job.at,
-                    self._landing_at + self.reads.offset(slot),
+                    self._memory_at + job.at,
+                    self._memory_at + self.reads.offset(job, slot),
                     job.pick.num_kv_heads,
                     job.num_tokens,
                     layer=job.pick.layer,
@@ -280,7 +292,7 @@ class Staging:
             if digests is not None:
                 heads = iter(digests)
                 return [tuple(islice(heads, job.pick.num_kv_heads)) for job, _ in pieces]
-        return [self._read(recv.format, job, self.reads.offset(slot)) for job, slot in pieces]
+        return [self._read(recv.format, job, self.reads.offset(job, slot)) for job, slot in pieces]
 
     def _read(self, form: PieceFormat, job: _Job, at: int) -> tuple[int, ...]:
         pick = job.pick

@@ -38,6 +38,7 @@ class TcpTransport:
         if host in ("", "0.0.0.0", "::"):
             raise ConfigError(f"kv.host: {host!r} is not an address that peers can connect to")
         self.name = "tcp" if tls is None else "tcp+tls"
+        self.may_be_direct = True
         self._host = self.local = host
         self._bind = host if bind else ""
         self._streams = Streams(tls)
@@ -91,6 +92,14 @@ class TcpTransport:
             key.data(events)
         over, self._over = self._over, []
         return over
+
+    def is_direct(self, endpoint: bytes) -> bool:
+        """Always: this process itself puts the bytes where they go."""
+        return True
+
+    def revoke(self, handle: int) -> bool:
+        """What is still to come of it is thrown away as it comes."""
+        return any(connection.revoke(handle) for connection in self._connections.values())
 
     def landed_bytes(self, handle: int) -> int:
         """Exact."""

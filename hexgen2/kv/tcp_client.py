@@ -84,6 +84,17 @@ class ReadConnection:
         if self._stream is not None:
             self._progress(self._send)
 
+    def revoke(self, read_id: int) -> bool:
+        """Throw away what is still to come of an open read; whether it is one of this connection's."""
+        for read in self._reads:
+            if read.read_id == read_id:
+                left = sum(map(len, read.views))
+                sink = memoryview(bytearray(min(left, TURN_BYTES)))
+                whole, rest = divmod(left, TURN_BYTES)
+                read.views = deque([sink] * whole + ([sink[:rest]] if rest else []))
+                return True
+        return False
+
     def landed_bytes(self, read_id: int) -> int | None:
         """Of an open read; None for a read that is not of this connection."""
         for read in self._reads:

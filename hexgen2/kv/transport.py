@@ -66,6 +66,8 @@ class Transport(Protocol):
     name: str
     #: For people: the address or device that this one uses, where a rank has several.
     local: str
+    #: Whether any peer's reads may be direct (``is_direct``).
+    may_be_direct: bool
 
     def register(self, send: "torch.Tensor | None", landing: "torch.Tensor | None") -> None:
         """Make ``send`` (uint8, 1-d, contiguous) readable by peers and ``landing`` writable by our reads."""
@@ -89,6 +91,13 @@ class Transport(Protocol):
         Returns the handles whose reads are *over* since the last call, each with its error or None.
         Only when a handle has been returned will nothing write its landing bytes any more.
         """
+
+    def is_direct(self, endpoint: bytes) -> bool:
+        """Whether reads from this peer may go straight to where their bytes are to stay: they can be revoked, or the
+        peer has no part in them, so that they are soon over whatever becomes of it."""
+
+    def revoke(self, handle: int) -> bool:
+        """Let an open read write nothing any more from now on, though it is not over. False: that cannot be."""
 
     def landed_bytes(self, handle: int) -> int:
         """How much of an open read is known to have landed, to see whether it goes on; 0 where nobody can tell."""

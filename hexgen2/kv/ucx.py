@@ -65,6 +65,8 @@ class _Peer:
     endpoint: _Endpoint
     num_open: int = 0
     lost: bool = False
+    #: Whether a read is over, so that UCX has told what carries them.
+    known: bool = False
 
 
 @dataclass(slots=True)
@@ -90,6 +92,8 @@ class UcxTransport:
         self.local = device or host
         _prepare_environment(host)
         self._read_path: str | None = None
+        # A device may write what is registered: memory that is to stay as it is shall not be.
+        self.may_be_direct = not has_rdma()
         with ucx_logged() as self._log:
             api, self._errors, self._lost, self._version = _load_nixl()
             # The name is new in every process, so that no peer takes a restarted one for its predecessor.
@@ -183,6 +187,15 @@ class UcxTransport:
         over, self._over = self._over, []
         return over
 
+    def is_direct(self, endpoint: bytes) -> bool:
+        """Where the kernel copies from the peer's memory, which it does as we poll."""
+        peer = self._peers.get(endpoint)
+        return self.may_be_direct and peer is not None and peer.known and self._log.is_local
+
+    def revoke(self, handle: int) -> bool:
+        """See the module: it goes on to write."""
+        return False
+
     def landed_bytes(self, handle: int) -> int:
         """UCX does not tell."""
         return 0
@@ -266,9 +279,11 @@ class UcxTransport:
             read.error = read.error or TransportError(f"ucx: the read's handle cannot be released: {error}")
             return
         del self._reads[handle]
-        self._peers[read.peer].num_open -= 1
-        if self._read_path is None or read.error is not None:
+        peer = self._peers[read.peer]
+        peer.num_open -= 1
+        if not peer.known or read.error is not None:
             self._read_path = self._log.read_path()
+            peer.known = read.error is None
         self._over.append((handle, read.error))
         self._forget_if_lost(read.peer)
 
