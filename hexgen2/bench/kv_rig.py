@@ -177,7 +177,7 @@ class Rig:
             if isinstance(message, HasPut):
                 put, self._put_at_s = True, message.at_s
             elif isinstance(message, Ready):
-                num_pieces += len(message.pieces)
+                num_pieces += sum(len(piece.digests) for piece in message.pieces) // SLICE.num_kv_heads
                 yield message.pieces
 
     async def _end(self, transfer_id: str) -> None:

@@ -24,9 +24,11 @@ from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.messages import Ready
 from hexgen2.kv.ranks import Event, Ranks
 from hexgen2.kv.transport import Transport
-from hexgen2.kv.wire import PageLayout, chunk_span, num_chunks
+from hexgen2.kv.wire import CHUNK_TOKENS, PageLayout, num_chunks
 
 LIFE_S = 900
+#: Tokens that a step of the engine computes.
+STEP_TOKENS = 512
 
 
 class Sender:
@@ -63,16 +65,16 @@ class Sender:
 
     def _put(self, message: Put) -> float:
         num_tokens = self._held[message.transfer_id].num_tokens
-        steps = num_chunks(num_tokens) * SHAPE.num_layers
+        layers = -(-num_tokens // STEP_TOKENS) * SHAPE.num_layers
         began = monotonic()
-        for number in range(steps):
-            chunk, layer = divmod(number, SHAPE.num_layers)
+        for number in range(layers):
+            step, layer = divmod(number, SHAPE.num_layers)
             if message.prefill_s:
-                # A layer of a chunk is computed now; the next one is under way while this one leaves.
-                sleep(max(0.0, began + (number + 1) * message.prefill_s / steps - monotonic()))
-            start, stop = chunk_span(chunk, num_tokens)
+                # A step's layer is computed now; the next one is under way while this one leaves.
+                sleep(max(0.0, began + (number + 1) * message.prefill_s / layers - monotonic()))
+            start, stop = step * STEP_TOKENS, min((step + 1) * STEP_TOKENS, num_tokens)
             piece = self._kv[layer, :, start:stop].permute(2, 0, 1, 3)
-            self._agent.put(message.transfer_id, layer, chunk, piece)
+            self._agent.put(message.transfer_id, layer, start // CHUNK_TOKENS, piece)
             if message.prefill_s:
                 self._agent.flush()
         self._agent.flush()

@@ -10,6 +10,7 @@ from hexgen2.kv import pieces
 from hexgen2.kv.codec import copy_and_digest, gather_and_digest, move_and_digest
 from hexgen2.kv.kernels import Move
 from hexgen2.kv.pieces import PieceFormat
+from hexgen2.kv.wire import chunk_span
 
 _read, _moved = PieceFormat.read, PieceFormat.move
 
@@ -32,8 +33,14 @@ def _copy(dst: torch.Tensor, src: torch.Tensor, _key: object, **_place: int) -> 
     return torch.zeros(dst.shape[0], dtype=torch.int64)
 
 
-def _gather(*_args: object, **_place: int) -> None:
-    """Then it is copied as any other piece."""
+def _gather(to: Sequence[int], piece: torch.Tensor, _key: object, **_place: int) -> torch.Tensor:
+    heads, parts, num_tokens, head_dim = piece.shape
+    for number, address in enumerate(to):
+        start, stop = chunk_span(number, num_tokens)
+        size = heads * parts * (stop - start) * head_dim * piece.itemsize
+        place = torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=piece.dtype)
+        place.view(heads, parts, stop - start, head_dim).copy_(piece[:, :, start:stop])
+    return torch.zeros(len(to) * heads, dtype=torch.int64)
 
 
 def _move(moves: Sequence[Move], _key: object) -> list[int]:

@@ -26,7 +26,7 @@ from hexgen2.kv.agent import KvAgent
 from hexgen2.kv.choose import make_transports, transport_name
 from hexgen2.kv.codecs import NONE
 from hexgen2.kv.layout import rank_slices
-from hexgen2.kv.wire import chunk_span, num_chunks
+from hexgen2.kv.wire import chunk_span, complete_chunks
 from hexgen2.model import ModelSpec
 from hexgen2.simulator.step_times import Figures, Step, StepTimes
 
@@ -296,15 +296,15 @@ class EmulatedEngine:
 
     def _send(self, running: _Running, transfer: str) -> None:
         total = len(running.request.prompt_token_ids)
-        while running.num_sent_chunks < num_chunks(total):
-            first, stop = chunk_span(running.num_sent_chunks, total)
-            if stop > running.num_computed:
-                return
-            for agent, rank_slice in zip(self._agents, self._slices, strict=True):
-                for layer in rank_slice.layers:
-                    piece = self._kv_tensor(running.hashes[first:stop], layer, rank_slice.kv_heads)
-                    agent.put(transfer, layer, running.num_sent_chunks, piece)
-            running.num_sent_chunks += 1
+        chunk, complete = running.num_sent_chunks, complete_chunks(running.num_computed, total)
+        if complete <= chunk:
+            return
+        first, stop = chunk_span(chunk, total)[0], chunk_span(complete - 1, total)[1]
+        for agent, rank_slice in zip(self._agents, self._slices, strict=True):
+            for layer in rank_slice.layers:
+                piece = self._kv_tensor(running.hashes[first:stop], layer, rank_slice.kv_heads)
+                agent.put(transfer, layer, chunk, piece)
+        running.num_sent_chunks = complete
 
     def _kv_tensor(self, hashes: np.ndarray[tuple[int], np.dtype[np.uint64]], layer: int, heads: range) -> torch.Tensor:
         return torch.from_numpy(kv_values(hashes, layer, heads, self.model.head_dim)).to(_TORCH_DTYPE[self.model.dtype])

@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hexgen2.config import TlsConfig
-from hexgen2.engine.vllm_env import leave_at_once
+from hexgen2.engine.vllm_env import is_cpu, leave_at_once
 from hexgen2.engine.vllm_layout import DenseLayout, Layout, PackedLayout, check_exact, cpu_cache_write
 from hexgen2.engine.vllm_rank import RankKv
 from hexgen2.engine.vllm_sends import Load, Send, Sends
@@ -32,6 +32,7 @@ from hexgen2.kv.wire import KvShape, RankSlice
 #: Keys of a request's ``kv_transfer_params``: the id of the transfer to send its KV to, or to load it from.
 SEND_TRANSFER = "hexgen2_send_transfer"
 LOAD_TRANSFER = "hexgen2_load_transfer"
+_CHUNKS_PER_SEND = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class HexgenConnector(KVConnectorBase_V1):
             raise ConfigError("models with several kinds of KV cache are not supported")
         self._socket = Path(self._option("agent_socket"))
         self._block_size: int = vllm_config.cache_config.block_size
-        self._sends = Sends(self._block_size)
+        # On a CPU a chunk is still in the cache when it is copied on; on CUDA each call launches kernels.
+        self._sends = Sends(self._block_size, chunks_per_send=1 if is_cpu() else _CHUNKS_PER_SEND)
         self._new_loads: dict[str, Load] = {}
         self._loaded: set[str] = set()
         self._rank: RankKv | None = None

@@ -7,12 +7,13 @@ rest of prefill; chunks that were found in the prefix cache go with the request'
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hexgen2.kv.wire import CHUNK_TOKENS, chunk_span, num_chunks
+from hexgen2.kv.wire import CHUNK_TOKENS, complete_chunks
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """One chunk to gather after each layer of this step: ``num_tokens`` tokens, ``skip`` tokens into ``block_ids``."""
+    """Consecutive chunks, ``chunk`` the first, to gather after each layer of this step: ``num_tokens`` tokens, ``skip``
+    tokens into ``block_ids``."""
 
     transfer_id: str
     chunk: int
@@ -46,8 +47,9 @@ class Sends:
     stays good, and the rest is sent from the new blocks.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, chunks_per_send: int = 1) -> None:
         self._block_size = block_size
+        self._chunks_per_send = chunks_per_send
         self._requests: dict[str, _Progress] = {}
 
     def __contains__(self, request_id: str) -> bool:
@@ -71,17 +73,17 @@ class Sends:
     def advance(self, request_id: str, num_computed: int) -> tuple[Send, ...]:
         """What to send in the step after which ``num_computed`` tokens of the request are computed."""
         request = self._requests[request_id]
-        total = request.num_prompt_tokens
-        complete = num_chunks(total) if num_computed >= total else num_computed // CHUNK_TOKENS
+        complete = complete_chunks(num_computed, request.num_prompt_tokens)
         first, request.num_sent = request.num_sent, max(request.num_sent, complete)
-        return tuple(self._send(request, chunk) for chunk in range(first, complete))
+        steps = range(first, complete, self._chunks_per_send)
+        return tuple(self._send(request, chunk, min(chunk + self._chunks_per_send, complete)) for chunk in steps)
 
     def drop(self, request_id: str) -> None:
         """The request is over, or was never sent."""
         self._requests.pop(request_id, None)
 
-    def _send(self, request: _Progress, chunk: int) -> Send:
-        start, stop = chunk_span(chunk, request.num_prompt_tokens)
+    def _send(self, request: _Progress, chunk: int, end: int) -> Send:
+        start, stop = chunk * CHUNK_TOKENS, min(end * CHUNK_TOKENS, request.num_prompt_tokens)
         first, last = start // self._block_size, -(-stop // self._block_size)
         return Send(
             transfer_id=request.transfer_id,

@@ -65,7 +65,7 @@ LINGER_S = 2.0
 
 @dataclass(slots=True, eq=False)
 class _Put:
-    """A piece on its way to be announced; on CUDA only once ``event`` has passed."""
+    """On its way to be announced; on CUDA only once ``event`` has passed."""
 
     transfer_id: str
     layer: int
@@ -145,7 +145,8 @@ class KvAgent:
         return transfer_id in self._send
 
     def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> None:
-        """Copy one piece, ``[kv_head, 2, tokens, head_dim]``, to the send buffer and digest it there.
+        """Copy one layer of consecutive chunks, ``[kv_head, 2, tokens, head_dim]``, ``chunk`` the first, to the send
+        buffer and digest it there. All chunks are full but the prompt's last.
 
         On CUDA the work is queued on the current stream. Transfers that are not held are ignored.
         """
@@ -293,10 +294,16 @@ class KvAgent:
 
     def _announce(self) -> None:
         pieces: dict[str, list[Piece]] = {}
+        rank, num_heads = self._layout.slice.rank, self._layout.slice.num_kv_heads
         while self._puts and (self._puts[0].event is None or self._puts[0].event.query()):  # type: ignore[no-untyped-call]
             put = self._puts.popleft()
-            piece = Piece(self._layout.slice.rank, put.layer, put.chunk, to_wire(put.digests))
-            pieces.setdefault(put.transfer_id, []).append(piece)
+            ready = pieces.setdefault(put.transfer_id, [])
+            digests = to_wire(put.digests)
+            last = ready[-1] if ready else None
+            if last is not None and (last.layer, last.end(num_heads)) == (put.layer, put.chunk):
+                ready[-1] = Piece(rank, put.layer, last.chunk, last.digests + digests)
+            else:
+                ready.append(Piece(rank, put.layer, put.chunk, digests))
         self._outbox.extend(Ready(transfer_id, tuple(ready)) for transfer_id, ready in pieces.items())
 
     def _retry_closing(self) -> None:

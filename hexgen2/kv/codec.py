@@ -32,6 +32,7 @@ import torch
 
 from hexgen2.kv import kernels
 from hexgen2.kv.kernels import Move
+from hexgen2.kv.wire import chunk_span
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,18 +157,26 @@ def as_move(
 
 
 def gather_and_digest(
-    to: int, piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int
+    to: Sequence[int], piece: torch.Tensor, key: DigestKey, *, layer: int, chunk: int, first_head: int
 ) -> torch.Tensor | None:
-    """``copy_and_digest`` of a piece in host memory, ``[kv_head, 2, token, head_dim]``, to an address, contiguous.
+    """``copy_and_digest`` of consecutive chunks in host memory, ``[kv_head, 2, token, head_dim]``, to an address each,
+    where they are contiguous.
 
-    None, and nothing done, where rows are not whole pairs of words or numba is not installed.
+    Returns:
+        The digests, chunk by chunk. None, and nothing done, where rows are not whole pairs of words or numba is not
+        installed.
     """
-    heads = piece.shape[0]
-    num_words = piece.numel() * piece.element_size() // heads // 4
-    if num_words > key.max_words:
-        raise ValueError(f"piece: {num_words} words per head, the key was made for {key.max_words}")
-    first_place = key._first_place(layer, chunk, range(first_head, first_head + heads), num_words)
-    sums = kernels.gather(to, piece, key._multipliers, first_place, key._place_step)
+    heads, _, num_tokens, _ = piece.shape
+    head_words = piece.numel() * piece.element_size() // heads // num_tokens // 4
+    parts = []
+    for number, address in enumerate(to):
+        start, stop = chunk_span(number, num_tokens)
+        num_words = (stop - start) * head_words
+        if num_words > key.max_words:
+            raise ValueError(f"piece: {num_words} words per head, the key was made for {key.max_words}")
+        base = key._first_place(layer, chunk + number, range(first_head, first_head + heads), num_words)
+        parts.append((address, start, stop - start, base))
+    sums = kernels.gather(parts, piece, key._multipliers, key._place_step)
     return None if sums is None else torch.from_numpy(sums)
 
 

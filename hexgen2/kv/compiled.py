@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 _STRIDED = "void(int64[::1], intp, intp, int32[::1], UniTuple(int64, 4), UniTuple(int64, 6), int64, int64)"
 #: Copied before it is summed up, of all heads together.
 _BLOCK_BYTES = 16 << 10
+_GATHER = "void(int64[::1], int64[:, ::1], intp, int32[::1], UniTuple(int64, 3), UniTuple(int64, 3), int64)"
 _PIECES = "void(int64[::1], int64[:, ::1], int32[::1], int64)"
 
 
@@ -66,9 +67,8 @@ def _sum(of: Any, factors: Any, num_pairs: Any) -> Any:
     return low + high
 
 
-def _copy_and_sum(
-    sums: Any, dst: Any, src: Any, multipliers: Any, shape: Any, strides: Any, base: Any, step: Any
-) -> None:
+@njit(nogil=True)
+def _strided(sums: Any, dst: Any, src: Any, multipliers: Any, shape: Any, strides: Any, base: Any, step: Any) -> None:
     """Addresses and strides (of head, part and row; of ``dst``, then of ``src``) in bytes, the row's width in pairs.
 
     Short rows are copied some at a time, heads innermost: in the engine's layout the heads of a token lie side by side.
@@ -99,6 +99,32 @@ def _copy_and_sum(
                 sums[head] += _sum(to + head * dst_head + first * dst_row, factors[at : at + size], size)
 
 
+def _copy_and_sum(
+    sums: Any, dst: Any, src: Any, multipliers: Any, shape: Any, strides: Any, base: Any, step: Any
+) -> None:
+    """As ``kernels.copy_and_sum``."""
+    _strided(sums, dst, src, multipliers, shape, strides, base, step)
+
+
+def _gather(sums: Any, runs: Any, src: Any, multipliers: Any, shape: Any, strides: Any, step: Any) -> None:
+    """Each of ``runs``: address, first row, rows, what to add to the first head's sum."""
+    heads, parts, width = shape
+    src_head, src_part, src_row = strides
+    for number in range(len(runs)):
+        first, rows = runs[number, 1], runs[number, 2]
+        part = rows * width * 8
+        _strided(
+            sums[number * heads : (number + 1) * heads],
+            runs[number, 0],
+            src + first * src_row,
+            multipliers,
+            (heads, parts, rows, width),
+            (parts * part, part, width * 8, src_head, src_part, src_row),
+            runs[number, 3],
+            step,
+        )
+
+
 def _move_pieces(sums: Any, pieces: Any, multipliers: Any, step: Any) -> None:
     """Each of ``pieces``: addresses to and of (the same: it is only summed up), heads, bytes of a head, what to add
     to the first head's sum."""
@@ -127,4 +153,5 @@ def _compiled(function: Callable[..., None], signature: str) -> Callable[..., No
 
 
 copy_and_sum = _compiled(_copy_and_sum, _STRIDED)
+gather = _compiled(_gather, _GATHER)
 move_pieces = _compiled(_move_pieces, _PIECES)

@@ -57,18 +57,30 @@ def copy_and_sum(
     return _sum(dst.data_ptr(), src.data_ptr(), (heads, parts, rows, values * item), strides, multipliers, base, step)
 
 
+#: Tokens that are to be in one piece: its address, the first one, how many, and what is added to the first head's sum.
+Run = tuple[int, int, int, int]
+
+
 def gather(
-    to: int, src: torch.Tensor, multipliers: "NDArray[np.int32]", base: int, step: int
+    runs: Sequence[Run], src: torch.Tensor, multipliers: "NDArray[np.int32]", step: int
 ) -> "NDArray[np.int64] | None":
-    """``copy_and_sum`` of ``src``, ``[kv_head, 2, token, head_dim]``, to address ``to``, contiguous."""
+    """``copy_and_sum`` of runs of tokens of ``src``, ``[kv_head, 2, token, head_dim]``, at the price of one call.
+
+    Returns:
+        The sums, run by run, ``int64 [run * kv_head]``; None as above.
+    """
+    compiled = _compiled()
     item = src.element_size()
-    heads, parts, rows, values = src.shape
-    d, e, f, last = src.stride()
-    if last != 1:
+    heads, parts, _, values = src.shape
+    of, width, (d, e, f, last) = src.data_ptr(), values * item, src.stride()
+    table = np.array(runs, dtype=np.int64)
+    words = of | width | d * item | e * item | f * item
+    if compiled is None or last != 1 or (words | int(np.bitwise_or.reduce(table[:, 0]))) % 8:
         return None
-    width = values * item
-    strides = (parts * rows * width, rows * width, width, d * item, e * item, f * item)
-    return _sum(to, src.data_ptr(), (heads, parts, rows, width), strides, multipliers, base, step)
+    sums = np.empty(len(runs) * heads, dtype=np.int64)
+    strides = (d * item, e * item, f * item)
+    compiled.gather(sums, table, of, multipliers, (heads, parts, width // 8), strides, step)
+    return sums
 
 
 def _sum(

@@ -128,9 +128,10 @@ class MemoryTransport:
     def revoke(self, handle: int) -> bool:
         """It will be over when it would have been; as it was made."""
         read = self._reads.get(handle)
-        if read is not None and self._revocable:
-            read.revoked = True
-        return self._revocable
+        if read is None or not self._revocable:
+            return False
+        read.revoked = True
+        return True
 
     def landed_bytes(self, handle: int) -> int:
         """Nobody can tell."""

@@ -19,12 +19,28 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """One (layer, chunk) of one sending rank, with one digest per KV head of that rank."""
+    """One layer of consecutive chunks of one sending rank: a step of the engine may complete several."""
 
     rank: int
     layer: int
+    #: The first.
     chunk: int
+    #: Chunk by chunk, one per KV head of that rank.
     digests: tuple[int, ...]
+
+    def end(self, num_heads: int) -> int:
+        """The chunk after the last."""
+        return self.chunk + len(self.digests) // num_heads
+
+    def by_chunk(self, num_heads: int) -> "list[Piece]":
+        """The same, a piece for each chunk; empty unless there are whole chunks of ``num_heads`` digests."""
+        count, rest = divmod(len(self.digests), max(1, num_heads))
+        if rest or count < 2:
+            return [self] if count and not rest else []
+        return [
+            Piece(self.rank, self.layer, self.chunk + n, self.digests[n * num_heads : (n + 1) * num_heads])
+            for n in range(count)
+        ]
 
 
 class Source(msgspec.Struct, frozen=True):

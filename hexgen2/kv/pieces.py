@@ -62,9 +62,11 @@ class PieceFormat:
             digests.append(copy_and_digest(encoded[heads], coder.encoded, self._key, **place))
         return torch.cat(digests)
 
-    def gather(self, to: int, piece: torch.Tensor, *, layer: int, chunk: int, first_head: int) -> torch.Tensor | None:
-        """``write`` to an address in host memory, where that takes a copy and nothing else; else None, and nothing
-        is done: the same with less ado."""
+    def gather(
+        self, to: Sequence[int], piece: torch.Tensor, *, layer: int, chunk: int, first_head: int
+    ) -> torch.Tensor | None:
+        """``write`` of consecutive chunks to an address each in host memory, where that takes a copy and nothing else;
+        else None, and nothing is done: the same with less ado."""
         if not self.keeps(piece.dtype):
             return None
         return gather_and_digest(to, piece, self._key, layer=layer, chunk=chunk, first_head=first_head)

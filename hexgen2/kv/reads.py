@@ -12,9 +12,10 @@ waits until they are over (``Claim.num_direct``), and they are never asked for t
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import inf
 from time import monotonic, time_ns
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 
@@ -28,8 +29,8 @@ MAX_PIECES_PER_READ = 64
 MAX_READ_BYTES = 1 << 22
 #: While reads are open or wait, ``pump`` must be called at least so often.
 CHECK_S = 0.25
-#: Instead of a slot.
-IN_PLACE = -1
+#: Where the parts of a job are; none where they stay where they land.
+Slots = tuple[int, ...]
 _NO_LIMIT = 1 << 62
 # Peers that have nothing to do are forgotten beyond this many, oldest first: restarted ones leave endpoints behind.
 _MAX_PEERS = 256
@@ -57,8 +58,18 @@ class Claim:
     routes: dict[str, RouteUse] = field(default_factory=dict)
 
 
+class Part(NamedTuple):
+    """One contiguous piece of at most a slot's size."""
+
+    #: Where it begins in the peer's send buffer.
+    remote_offset: int
+    num_bytes: int
+    #: Where in ``Reads.landing`` it is to stay as it comes; None where it must be copied from a slot anyway.
+    stays_at: int | None
+
+
 class Readable(Protocol):
-    """One contiguous read of at most a slot's size, for ``claim``."""
+    """Pieces to be read, for ``claim``."""
 
     @property
     def claim(self) -> Claim:
@@ -69,16 +80,15 @@ class Readable(Protocol):
         """Endpoints of the rank it is read from, one for each of its transports."""
 
     @property
-    def remote_offset(self) -> int:
-        """Where it begins in the peer's send buffer."""
+    def parts(self) -> Sequence[Part]:
+        """One or more; all of them with ``stays_at``, or none."""
 
     @property
     def num_bytes(self) -> int:
-        """Its length."""
+        """Of all of them."""
 
-    @property
-    def stays_at(self) -> int | None:
-        """Where in ``landing`` it is to stay as it comes; None where it must be copied from a slot anyway."""
+    def split(self, count: int) -> tuple[Self, Self]:
+        """The first ``count`` parts, and the others."""
 
 
 J = TypeVar("J", bound=Readable)
@@ -98,7 +108,7 @@ class _Read(Generic[J]):
     handle: int
     peer: _Peer[J]
     route: Route
-    bundle: list[tuple[J, int]]
+    bundle: list[tuple[J, Slots]]
     num_bytes: int
     incident: int
     posted_at: float
@@ -114,8 +124,7 @@ class Bundle(Generic[J]):
     """What has landed of one read and is still wanted: nothing writes it any more until ``Reads.free``."""
 
     read: _Read[J]
-    #: Each with the slot that it is in, or ``IN_PLACE``.
-    pieces: list[tuple[J, int]]
+    pieces: list[tuple[J, Slots]]
 
 
 class Reads(Generic[J]):
@@ -217,16 +226,15 @@ class Reads(Generic[J]):
 
     def free(self, bundle: Bundle[J]) -> None:
         """Nobody looks at its slots any more."""
-        if bundle.read.direct:
-            return
         # The last first: what is taken next is in order then, and in the cache.
-        for job, slot in reversed(bundle.pieces):
-            self._free(bundle.read, job, slot)
+        for job, slots in reversed(bundle.pieces):
+            self._free(bundle.read, job, slots)
 
-    def offset(self, job: J, slot: int) -> int:
-        """Where a piece is in ``landing``."""
-        at = job.stays_at if slot == IN_PLACE else None
-        return slot * self._slot_bytes if at is None else at
+    def offsets(self, job: J, slots: Slots) -> list[int]:
+        """Where its parts are in ``landing``."""
+        if slots:
+            return [slot * self._slot_bytes for slot in slots]
+        return [part.stays_at for part in job.parts if part.stays_at is not None]
 
     def pump(self) -> list[tuple[J, str]]:
         """Let each route take one read, if it has room, peers in turn. Returns what cannot be read, and why.
@@ -268,11 +276,11 @@ class Reads(Generic[J]):
         good = error is None and not read.abandoned
         if read.direct:
             self._let_go(read)
-        bundle = Bundle(read, [(job, slot) for job, slot in read.bundle if good and job.claim.wanted])
-        if len(bundle.pieces) < len(read.bundle) and not read.direct:
-            for job, slot in read.bundle:
+        bundle = Bundle(read, [(job, slots) for job, slots in read.bundle if good and job.claim.wanted])
+        if len(bundle.pieces) < len(read.bundle):
+            for job, slots in read.bundle:
                 if not (good and job.claim.wanted):
-                    self._free(read, job, slot)
+                    self._free(read, job, slots)
         for job, _ in bundle.pieces:
             self._note(job, read)
         return bundle
@@ -286,33 +294,28 @@ class Reads(Generic[J]):
         # A peer that is slow or stopped may hold half of the slots, never all: the others' transfers go on.
         share = max(1, (self._num_slots - self._num_quarantined) // 2) - peer.num_slots
         first, transport = peer.jobs[0], self._transports[route.transport]
-        piece_bytes = first.num_bytes
-        direct = first.stays_at is not None and transport.is_direct(route.endpoint)
+        piece_bytes, stays_at = first.parts[0].num_bytes, first.parts[0].stays_at
+        direct = stays_at is not None and transport.is_direct(route.endpoint)
         most = MAX_PIECES_PER_READ if direct else min(share, MAX_PIECES_PER_READ, len(self._slots))
         limit_bytes = sum(each.open_bytes for each in peer.routes) + (_NO_LIMIT if direct else share * piece_bytes)
         room = min(room_bytes(route, peer.routes, peer.waiting_bytes, piece_bytes, limit_bytes, now), MAX_READ_BYTES)
-        bundle: list[tuple[J, int]] = []
-        num_bytes = 0
-        while peer.jobs and room > 0 and len(bundle) < most:
-            job = peer.jobs[0]
-            if bundle and num_bytes + job.num_bytes > room:
-                break
-            if direct and job.claim is not first.claim:
-                break  # of one transfer, so that it can be revoked with that
-            peer.waiting_bytes -= peer.jobs.popleft().num_bytes
-            if job.claim.wanted:
-                bundle.append((job, IN_PLACE if direct else self._slots.pop()))
-                num_bytes += job.num_bytes
-        if not bundle:
+        # A direct read is of one transfer, so that it can be revoked with that.
+        jobs = self._pop(peer, room, most, first.claim if direct else None) if room > 0 else []
+        if not jobs:
             return False
+        bundle = [(job, () if direct else tuple(self._slots.pop() for _ in job.parts)) for job in jobs]
+        num_bytes = sum(job.num_bytes for job in jobs)
         read = _Read(0, peer, route, bundle, num_bytes, route.incident, now, time_ns(), direct=direct)
         if direct:
-            first.claim.num_direct += len(bundle)
-        else:
-            peer.num_slots += len(bundle)
-            for job, _ in bundle:
-                job.claim.num_slots += 1
-        spans = [Span(job.remote_offset, self.offset(job, slot), job.num_bytes) for job, slot in bundle]
+            first.claim.num_direct += len(jobs)
+        for job, slots in bundle:
+            peer.num_slots += len(slots)
+            job.claim.num_slots += len(slots)
+        spans = [
+            Span(part.remote_offset, at, part.num_bytes)
+            for job, slots in bundle
+            for part, at in zip(job.parts, self.offsets(job, slots), strict=True)
+        ]
         route.posted(num_bytes, now)
         try:
             read.handle = transport.read(route.endpoint, spans)
@@ -322,13 +325,33 @@ class Reads(Generic[J]):
             self._requeue(read)
             if direct:
                 self._let_go(read)
-            else:
-                for job, slot in bundle:
-                    self._free(read, job, slot)
+            for job, slots in bundle:
+                self._free(read, job, slots)
             return True
         self._open[route.transport, read.handle] = read
         peer.reads[id(read)] = read
         return True
+
+    def _pop(self, peer: _Peer[J], room: int, most: int, only: Claim | None) -> list[J]:
+        """The next jobs, of ``only`` where it is given: at most so many parts and bytes, but at least one part."""
+        jobs: list[J] = []
+        while peer.jobs and most > 0 and (only is None or peer.jobs[0].claim is only):
+            job = peer.jobs.popleft()
+            peer.waiting_bytes -= job.num_bytes
+            if not job.claim.wanted:
+                continue
+            ends = accumulate(part.num_bytes for part in job.parts)
+            fits = max(min(most, sum(end <= room for end in ends)), 0 if jobs else 1)
+            taken, left = (job, None) if fits == len(job.parts) else job.split(fits) if fits else (None, job)
+            if left is not None:
+                peer.jobs.appendleft(left)
+                peer.waiting_bytes += left.num_bytes
+            if taken is None:
+                break
+            jobs.append(taken)
+            most -= len(taken.parts)
+            room -= taken.num_bytes
+        return jobs
 
     def _check(self, now: float) -> None:
         """Give up routes that have stalled."""
@@ -364,12 +387,10 @@ class Reads(Generic[J]):
         read.abandoned = True
         read.route.num_abandoned += 1
         self._requeue(read)
-        if read.direct:
-            return
-        for job, _ in read.bundle:
+        for job, slots in read.bundle:
             if job.claim.wanted:
-                self._num_quarantined += 1
-            job.claim.num_slots -= 1
+                self._num_quarantined += len(slots)
+            job.claim.num_slots -= len(slots)
 
     def _revoke(self, read: _Read[J]) -> bool:
         """Whether a direct read writes nothing any more."""
@@ -392,16 +413,16 @@ class Reads(Generic[J]):
             peer.waiting_bytes += sum(job.num_bytes for job in jobs)
             self._waiting.setdefault(jobs[0].peer, peer)
 
-    def _free(self, read: _Read[J], job: J, slot: int) -> None:
-        """Nothing writes this slot any more."""
+    def _free(self, read: _Read[J], job: J, slots: Slots) -> None:
+        """Nothing writes these slots any more."""
         if read.abandoned:
-            self._num_quarantined -= 1
+            self._num_quarantined -= len(slots)
         else:
-            job.claim.num_slots -= 1
+            job.claim.num_slots -= len(slots)
             if not job.claim.wanted:
-                self._num_quarantined -= 1
-        self._slots.append(slot)
-        read.peer.num_slots -= 1
+                self._num_quarantined -= len(slots)
+        self._slots += reversed(slots)
+        read.peer.num_slots -= len(slots)
 
     def _lose(self, key: tuple[bytes, ...], why: str) -> list[tuple[J, str]]:
         peer = self._waiting.pop(key)

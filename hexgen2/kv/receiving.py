@@ -47,7 +47,10 @@ class RecvTransfer:
     num_fetches: int = 1
     _offer: Offer | None = None
     _wanted: bool = False
+    #: By chunk.
     _pieces: dict[tuple[int, int, int], Piece] = field(default_factory=dict)
+    #: Announced before staging was held.
+    _waiting: list[Piece] = field(default_factory=list)
     _fetched: set[int] = field(default_factory=set)
     _loaded: set[int] = field(default_factory=set)
 
@@ -101,7 +104,8 @@ class RecvTransfer:
         if self.settled or self.state is not RecvState.QUEUED:
             return ()
         self.state = RecvState.FETCHING
-        return tuple(self._pieces.values())
+        waiting, self._waiting = tuple(self._waiting), []
+        return waiting
 
     def ready(self, pieces: Iterable[Piece]) -> tuple[Piece, ...]:
         """Pieces that may be read. Returns those to be fetched now: the new ones, once staging is held.
@@ -115,18 +119,21 @@ class RecvTransfer:
         chunks = num_chunks(self.expected.num_tokens)
         for piece in pieces:
             source = slices.get(piece.rank)
-            key = (piece.rank, piece.layer, piece.chunk)
-            known = self._pieces.get(key)
-            if source is None or piece.layer not in source.layers or not 0 <= piece.chunk < chunks:
-                self._refuse(f"pieces: there is no rank {key[0]}, layer {key[1]}, chunk {key[2]}")
-            elif len(piece.digests) != source.num_kv_heads:
+            split = piece.by_chunk(source.num_kv_heads) if source is not None else []
+            last = split[-1].chunk if split else piece.chunk
+            if source is None or piece.layer not in source.layers or not 0 <= piece.chunk <= last < chunks:
+                self._refuse(f"pieces: there is no rank {piece.rank}, layer {piece.layer}, chunk {last}")
+            elif not split:
                 self._refuse(f"pieces: {len(piece.digests)} digests for {source.num_kv_heads} KV heads")
-            elif known is None:
-                self._pieces[key] = piece
-                new.append(piece)
-            elif known != piece:
-                self._refuse(f"pieces: rank {key[0]}, layer {key[1]}, chunk {key[2]} changed")
-        return tuple(new) if self.state is RecvState.FETCHING and self.error is None else ()
+            else:
+                unknown = [each for each in split if self._is_new(each)]
+                new += [piece] if len(unknown) == len(split) else unknown
+        if self.error is not None:
+            return ()
+        if self.state is not RecvState.FETCHING:
+            self._waiting += new
+            return ()
+        return tuple(new)
 
     def sampled(self, first: FirstToken) -> None:
         """Prefill's token. It may come again, the same."""
@@ -179,6 +186,16 @@ class RecvTransfer:
         """The Decode call ended."""
         if self.state not in (RecvState.LOADED, RecvState.REFUSED):
             self.state = RecvState.ABORTED
+
+    def _is_new(self, piece: Piece) -> bool:
+        """Take note of one chunk's; one that was another before refuses the transfer."""
+        key = (piece.rank, piece.layer, piece.chunk)
+        known = self._pieces.get(key)
+        if known is None:
+            self._pieces[key] = piece
+        elif known != piece:
+            self._refuse(f"pieces: rank {piece.rank}, layer {piece.layer}, chunk {piece.chunk} changed")
+        return known is None
 
     def _refuse(self, why: str) -> None:
         self.fail(TransferRefused(why))

@@ -10,7 +10,7 @@ import torch
 from hexgen2.kv.host_memory import buffer
 from hexgen2.kv.pieces import PieceFormat
 from hexgen2.kv.quantise import Coder
-from hexgen2.kv.wire import PageLayout, chunk_span
+from hexgen2.kv.wire import PageLayout, chunk_span, num_chunks
 
 
 @dataclass(slots=True)
@@ -55,9 +55,10 @@ class SendBuffer:
                 send.open = False
 
     def put(self, transfer_id: str, layer: int, chunk: int, piece: torch.Tensor) -> torch.Tensor | None:
-        """Write one piece, ``[kv_head, 2, tokens, head_dim]``, to its place and return its digests, ``int64[kv_head]``.
+        """Write one layer of consecutive chunks, ``[kv_head, 2, tokens, head_dim]``, ``chunk`` the first.
 
-        None when the transfer is not held (any more).
+        Returns:
+            Their digests, chunk by chunk, ``int64[chunk * kv_head]``. None when the transfer is not held (any more).
         """
         send = self._sends.get(transfer_id)
         if send is None:
@@ -65,12 +66,19 @@ class SendBuffer:
         with send.lock:
             if not send.open:
                 return None
-            start, stop = chunk_span(chunk, send.num_tokens)
-            at = send.pages[chunk] * self.layout.page_bytes + self.layout.piece_offset(layer)
-            heads, per_head = self.layout.slice.num_kv_heads, send.format.head_bytes(stop - start)
             first_head = self.layout.slice.first_kv_head
-            digests = send.format.gather(self._address + at, piece, layer=layer, chunk=chunk, first_head=first_head)
+            pages = send.pages[chunk : chunk + num_chunks(piece.shape[2])]
+            places = [page * self.layout.page_bytes + self.layout.piece_offset(layer) for page in pages]
+            to = [self._address + place for place in places]
+            digests = send.format.gather(to, piece, layer=layer, chunk=chunk, first_head=first_head)
             if digests is not None:
                 return digests
-            encoded = self.buffer[at : at + heads * per_head].view(heads, per_head)
-            return send.format.write(encoded, piece, layer=layer, chunk=chunk, first_head=first_head)
+            heads = self.layout.slice.num_kv_heads
+            written = []
+            for number, at in enumerate(places):
+                start, stop = chunk_span(number, piece.shape[2])
+                per_head = send.format.head_bytes(stop - start)
+                encoded = self.buffer[at : at + heads * per_head].view(heads, per_head)
+                part, where = piece[:, :, start:stop], {"layer": layer, "chunk": chunk + number}
+                written.append(send.format.write(encoded, part, **where, first_head=first_head))
+            return written[0] if len(written) == 1 else torch.cat(written)

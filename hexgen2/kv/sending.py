@@ -59,9 +59,9 @@ class SendTransfer:
     _seen: set[tuple[int, int, int]] = field(default_factory=set)
 
     @property
-    def num_expected(self) -> int:
-        """Pieces of all ranks."""
-        return num_chunks(self.header.num_tokens) * sum(s.num_layers for s in self.slices)
+    def complete(self) -> bool:
+        """Whether all chunks of all layers of all ranks are announced."""
+        return len(self._seen) == num_chunks(self.header.num_tokens) * sum(s.num_layers for s in self.slices)
 
     @property
     def over(self) -> bool:
@@ -79,15 +79,18 @@ class SendTransfer:
         if self.state not in (SendState.HELD, SendState.PRODUCING):
             return
         self.state = SendState.PRODUCING
-        layers = {s.rank: s.layers for s in self.slices}
+        slices = {s.rank: s for s in self.slices}
         for piece in pieces:
-            key = (piece.rank, piece.layer, piece.chunk)
-            if piece.layer not in layers.get(piece.rank, ()) or piece.chunk >= num_chunks(self.header.num_tokens):
-                self.fail(EngineFailed(f"rank {key[0]} announced layer {key[1]}, chunk {key[2]}, which it has not"))
-            elif key not in self._seen:
-                self._seen.add(key)
-                self.pieces.append(piece)
-        if len(self.pieces) == self.num_expected:
+            held = slices.get(piece.rank)
+            chunks = piece.by_chunk(held.num_kv_heads) if held is not None and piece.layer in held.layers else []
+            if not chunks or chunks[-1].chunk >= num_chunks(self.header.num_tokens):
+                where = f"layer {piece.layer}, chunk {piece.chunk}"
+                self.fail(EngineFailed(f"rank {piece.rank} announced {where}, which it has not"))
+                continue
+            new = [each for each in chunks if (each.rank, each.layer, each.chunk) not in self._seen]
+            self._seen.update((each.rank, each.layer, each.chunk) for each in new)
+            self.pieces += [piece] if len(new) == len(chunks) else new
+        if self.complete:
             self.state = SendState.PRODUCED
 
     def sampled(self, first: FirstToken) -> None:
@@ -151,7 +154,7 @@ class Reader:
 
     @property
     def _complete(self) -> bool:
-        return self._first_sent and self._num_sent == self.transfer.num_expected
+        return self._first_sent and self.transfer.complete and self._num_sent == len(self.transfer.pieces)
 
 
 class SendTransfers:

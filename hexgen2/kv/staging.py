@@ -5,7 +5,7 @@ was verified is what is loaded. It is copied there from its slot, which may be w
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from threading import Lock
 from time import perf_counter
 from typing import Literal
@@ -17,7 +17,7 @@ from hexgen2.kv.layout import Pick, plan_picks
 from hexgen2.kv.messages import Failed, Fetched, OpenRecv, Piece, RouteShare, Source, ToService
 from hexgen2.kv.pieces import TORCH_DTYPE, PieceFormat
 from hexgen2.kv.quantise import Coder
-from hexgen2.kv.reads import Bundle, Claim, Reads
+from hexgen2.kv.reads import Bundle, Claim, Part, Reads, Slots
 from hexgen2.kv.transport import Transport
 from hexgen2.kv.verifying import Verifier
 from hexgen2.kv.wire import CHUNK_TOKENS, PageLayout, chunk_span, num_chunks
@@ -36,6 +36,7 @@ class _Recv:
     #: The senders' pages, by rank.
     layouts: dict[int, PageLayout]
     picks: dict[tuple[int, int], list[Pick]]
+    #: Parts that are not verified yet.
     num_remaining: int
     claim: Claim = field(default_factory=Claim)
     num_bytes: int = 0
@@ -54,21 +55,18 @@ class _Recv:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One contiguous read (``kv.reads.Readable``): some heads of one (layer, chunk)."""
+    """What is to be read (``kv.reads.Readable``): some heads of one layer of consecutive chunks, a part for each."""
 
     recv: _Recv
     pick: Pick
+    #: The first.
     chunk: int
-    num_tokens: int
     source: Source
-    remote_offset: int
-    num_bytes: int
-    #: As announced.
+    parts: list[Part]
+    #: As announced, part by part.
     digests: tuple[int, ...]
-    #: Where it is to stay, in bytes of ``Reads.landing``.
-    at: int
-    #: Whether it may land there: it comes as it is to stay.
-    as_it_comes: bool
+    #: Where the parts are to stay, in bytes of ``Reads.landing``.
+    pages_at: list[int]
 
     @property
     def claim(self) -> Claim:
@@ -79,13 +77,31 @@ class _Job:
         return self.source.endpoints
 
     @property
-    def stays_at(self) -> int | None:
-        return self.at if self.as_it_comes else None
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    def split(self, count: int) -> "tuple[_Job, _Job]":
+        num = count * self.pick.num_kv_heads
+        return (
+            replace(self, parts=self.parts[:count], digests=self.digests[:num], pages_at=self.pages_at[:count]),
+            replace(
+                self,
+                chunk=self.chunk + count,
+                parts=self.parts[count:],
+                digests=self.digests[num:],
+                pages_at=self.pages_at[count:],
+            ),
+        )
+
+    def num_tokens(self, part: int) -> int:
+        """Tokens of a part."""
+        start, stop = chunk_span(self.chunk + part, self.recv.request.num_tokens)
+        return stop - start
 
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """Of one piece: the digests of its copy, as they travel, and how long it took."""
+    """Of one job: the digests of its parts in their pages, as they travel, and how long it took."""
 
     digests: tuple[int, ...]
     seconds: float
@@ -174,31 +190,29 @@ class Staging:
         if recv is None or not recv.open:
             return
         for piece in pieces:
-            source = recv.sources[piece.rank]
-            theirs = recv.layouts[piece.rank]
-            start, stop = chunk_span(piece.chunk, recv.request.num_tokens)
-            per_head = recv.format.head_bytes(stop - start)
-            as_it_comes = recv.format.keeps(self._values.dtype)
-            page = self.reads.stays_from + recv.request.pages[piece.chunk] * self.layout.page_bytes
             for pick in recv.picks.get((piece.rank, piece.layer), ()):
-                first = pick.first_kv_head - source.slice.first_kv_head
-                ours = pick.first_kv_head - self.layout.slice.first_kv_head
-                self.reads.add(
-                    _Job(
-                        recv=recv,
-                        pick=pick,
-                        chunk=piece.chunk,
-                        num_tokens=stop - start,
-                        source=source,
-                        remote_offset=source.page_offsets[piece.chunk]
-                        + theirs.piece_offset(piece.layer)
-                        + first * per_head,
-                        num_bytes=pick.num_kv_heads * per_head,
-                        digests=piece.digests[first : first + pick.num_kv_heads],
-                        at=page + self.layout.piece_offset(piece.layer) + ours * self._head_bytes(stop - start),
-                        as_it_comes=as_it_comes,
-                    )
-                )
+                self.reads.add(self._job(recv, piece, pick))
+
+    def _job(self, recv: _Recv, piece: Piece, pick: Pick) -> _Job:
+        """What of ``piece`` this rank needs for ``pick``."""
+        source, theirs, request = recv.sources[piece.rank], recv.layouts[piece.rank], recv.request
+        num_heads = source.slice.num_kv_heads
+        first = pick.first_kv_head - source.slice.first_kv_head
+        ours = pick.first_kv_head - self.layout.slice.first_kv_head
+        stays = recv.format.keeps(self._values.dtype)
+        parts, pages_at = [], []
+        for chunk in range(piece.chunk, piece.end(num_heads)):
+            start, stop = chunk_span(chunk, request.num_tokens)
+            per_head = recv.format.head_bytes(stop - start)
+            to = self._at(request.pages[chunk], piece.layer) + ours * self._head_bytes(stop - start)
+            of = source.page_offsets[chunk] + theirs.piece_offset(piece.layer) + first * per_head
+            parts.append(Part(of, pick.num_kv_heads * per_head, to if stays else None))
+            pages_at.append(to)
+        digests = piece.digests
+        if pick.num_kv_heads < num_heads:
+            firsts = range(first, len(digests), num_heads)
+            digests = tuple(chain.from_iterable(digests[at : at + pick.num_kv_heads] for at in firsts))
+        return _Job(recv, pick, piece.chunk, source, parts, digests, pages_at)
 
     def turn(self) -> list[ToService]:
         """Post reads, verify what has landed, report what is complete or broken."""
@@ -253,15 +267,19 @@ class Staging:
     def piece(self, page: int, layer: int, num_tokens: int) -> torch.Tensor:
         """View of ``[kv_head, 2, token, head_dim]`` in a page."""
         heads, head_dim = self.layout.slice.num_kv_heads, self.layout.shape.head_dim
-        at = self.reads.stays_from + page * self.layout.page_bytes + self.layout.piece_offset(layer)
+        at = self._at(page, layer)
         row = num_tokens * head_dim
         # One call into torch: pieces are small enough for each to count.
         return self._values.as_strided(
             (heads, 2, num_tokens, head_dim), (2 * row, row, head_dim, 1), at // self._values.itemsize
         )
 
+    def _at(self, page: int, layer: int) -> int:
+        """Where a layer of a page begins in ``Reads.landing``."""
+        return self.reads.stays_from + page * self.layout.page_bytes + self.layout.piece_offset(layer)
+
     def _verify(self, bundle: "Bundle[_Job]") -> "list[_Verified]":
-        """Copy each piece to its page, if it is not there, and digest it there. Runs in any thread."""
+        """Copy each part to its page, if it is not there, and digest it there. Runs in any thread."""
         verified: list[_Verified] = []
         pieces = bundle.pieces
         while len(verified) < len(pieces):
@@ -273,49 +291,56 @@ class Staging:
             verified += (_Verified(each, seconds) for each in digests)
         return verified
 
-    def _move(self, recv: _Recv, pieces: "list[tuple[_Job, int]]") -> list[tuple[int, ...]]:
-        """The digests of each piece in its page."""
+    def _move(self, recv: _Recv, pieces: "list[tuple[_Job, Slots]]") -> list[tuple[int, ...]]:
+        """The digests of each job's parts in their pages."""
         if recv.format.keeps(self._values.dtype):
             moves = [
                 recv.format.as_move(
-                    self._memory_at + job.at,
-                    self._memory_at + self.reads.offset(job, slot),
+                    self._memory_at + to,
+                    self._memory_at + of,
                     job.pick.num_kv_heads,
-                    job.num_tokens,
+                    job.num_tokens(part),
                     layer=job.pick.layer,
-                    chunk=job.chunk,
+                    chunk=job.chunk + part,
                     first_head=job.pick.first_kv_head,
                 )
-                for job, slot in pieces
+                for job, slots in pieces
+                for part, (to, of) in enumerate(zip(job.pages_at, self.reads.offsets(job, slots), strict=True))
             ]
             digests = recv.format.move(moves)
             if digests is not None:
                 heads = iter(digests)
-                return [tuple(islice(heads, job.pick.num_kv_heads)) for job, _ in pieces]
-        return [self._read(recv.format, job, self.reads.offset(job, slot)) for job, slot in pieces]
+                return [tuple(islice(heads, len(job.digests))) for job, _ in pieces]
+        return [self._read(recv.format, job, self.reads.offsets(job, slots)) for job, slots in pieces]
 
-    def _read(self, form: PieceFormat, job: _Job, at: int) -> tuple[int, ...]:
+    def _read(self, form: PieceFormat, job: _Job, offsets: list[int]) -> tuple[int, ...]:
         pick = job.pick
         first = pick.first_kv_head - self.layout.slice.first_kv_head
-        page = self.piece(job.recv.request.pages[job.chunk], pick.layer, job.num_tokens)
-        encoded = self.reads.landing[at : at + job.num_bytes].view(pick.num_kv_heads, -1)
-        target = page[first : first + pick.num_kv_heads]
-        return to_wire(form.read(target, encoded, layer=pick.layer, chunk=job.chunk, first_head=pick.first_kv_head))
+        digests: list[int] = []
+        for number, at in enumerate(offsets):
+            chunk = job.chunk + number
+            page = self.piece(job.recv.request.pages[chunk], pick.layer, job.num_tokens(number))
+            encoded = self.reads.landing[at : at + job.parts[number].num_bytes].view(pick.num_kv_heads, -1)
+            target = page[first : first + pick.num_kv_heads]
+            of = form.read(target, encoded, layer=pick.layer, chunk=chunk, first_head=pick.first_kv_head)
+            digests += to_wire(of)
+        return tuple(digests)
 
     def _head_bytes(self, num_tokens: int) -> int:
         """Of a piece as it is staged."""
         return self.layout.head_bytes_per_token * num_tokens
 
     def _settle(self, job: _Job, verified: "_Verified") -> list[ToService]:
-        """Take note of a piece that was verified, or was not what was announced."""
+        """Take note of what was verified, or was not what was announced."""
         recv, pick = job.recv, job.pick
         recv.verify_s += verified.seconds
         if verified.digests != job.digests:
-            where = f"layer {pick.layer}, chunk {job.chunk}, rank {pick.rank}"
+            wrong = next(n for n, (a, b) in enumerate(zip(verified.digests, job.digests, strict=True)) if a != b)
+            where = f"layer {pick.layer}, chunk {job.chunk + wrong // pick.num_kv_heads}, rank {pick.rank}"
             return self._fail(recv, "corrupt", f"digest mismatch at {where}")
-        recv.num_remaining -= 1
+        recv.num_remaining -= len(job.parts)
         recv.num_bytes += job.num_bytes
-        recv.num_pieces += 1
+        recv.num_pieces += len(job.parts)
         if recv.num_remaining:
             return []
         detail = ", ".join(dict.fromkeys(transport.describe() for transport in self._transports))

@@ -61,6 +61,11 @@ def num_chunks(num_tokens: int) -> int:
     return -(-num_tokens // CHUNK_TOKENS)
 
 
+def complete_chunks(num_computed: int, num_tokens: int) -> int:
+    """Chunks of ``num_tokens`` tokens that are complete when ``num_computed`` of them are computed."""
+    return num_chunks(num_tokens) if num_computed >= num_tokens else num_computed // CHUNK_TOKENS
+
+
 def chunk_span(chunk: int, num_tokens: int) -> tuple[int, int]:
     """First token of the chunk and the one past its last."""
     start = chunk * CHUNK_TOKENS

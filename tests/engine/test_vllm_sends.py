@@ -28,6 +28,14 @@ def test_chunks_of_the_prefix_cache_go_with_the_first_step() -> None:
     assert [send.chunk for send in sends.advance("r", 400)] == [0, 1, 2, 3]
 
 
+def test_several_chunks_go_together_where_that_is_better() -> None:
+    sends = Sends(block_size=128, chunks_per_send=3)
+    sends.admit("r", "t", 600)
+    sends.replace_blocks("r", [4, 5, 6, 7, 8])
+    assert sends.advance("r", 300) == (Send("t", 0, (4, 5), 0, 256),)
+    assert sends.advance("r", 600) == (Send("t", 2, (6, 7, 8), 0, 344),)
+
+
 def test_a_preempted_request_sends_the_rest_from_its_new_blocks() -> None:
     sends = Sends(block_size=128)
     sends.admit("r", "t", 256)

@@ -21,8 +21,10 @@ from tests.kv.fleet import DEADLINE_S, TOKEN, Inbox, Replica, memory, random_kv,
 SHAPE = KvShape(num_layers=3, num_kv_heads=4, head_dim=8, dtype="float32")
 
 
-def ready_pieces(events: list[Event]) -> tuple[Piece, ...]:
-    return tuple(piece for event in events if isinstance(event, Ready) for piece in event.pieces)
+def ready_pieces(events: list[Event], num_heads: int = SHAPE.num_kv_heads) -> tuple[Piece, ...]:
+    """Chunk by chunk."""
+    ready = [piece for event in events if isinstance(event, Ready) for piece in event.pieces]
+    return tuple(each for piece in ready for each in piece.by_chunk(num_heads))
 
 
 async def send_all(sender: Replica, transfer_id: str, kv: torch.Tensor) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
@@ -31,8 +33,9 @@ async def send_all(sender: Replica, transfer_id: str, kv: torch.Tensor) -> tuple
     await sender.hub.open_send(transfer_id, TOKEN, kv.shape[3], "none", pages, inbox)
     await asyncio.to_thread(sender.put, transfer_id, kv)
     expected = len(pages) * sum(s.num_layers for s in sender.slices)
-    events = await inbox.wait(lambda events: len(ready_pieces(events)) == expected)
-    return pages, ready_pieces(events)
+    num_heads = sender.slices[0].num_kv_heads
+    events = await inbox.wait(lambda events: len(ready_pieces(events, num_heads)) == expected)
+    return pages, ready_pieces(events, num_heads)
 
 
 async def receive(

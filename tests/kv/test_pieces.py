@@ -16,7 +16,7 @@ from hexgen2.kv.pieces import TORCH_DTYPE, PieceFormat
 from hexgen2.kv.quantise import Coder
 from hexgen2.kv.send_buffer import SendBuffer
 from hexgen2.kv.staging import Staging
-from hexgen2.kv.wire import KvShape, PageLayout, RankSlice, chunk_span, num_chunks
+from hexgen2.kv.wire import CHUNK_TOKENS, KvShape, PageLayout, RankSlice, num_chunks
 
 CPU = torch.device("cpu")
 TOKEN = b"a transfer's secret token, 32 B."
@@ -32,6 +32,10 @@ class Case:
     codec: str
     sender: str
     receiver: str
+    #: Chunks that are put at once.
+    step: int = 1
+    #: Whether reads may go where their bytes are to stay.
+    direct: bool = False
 
     def shape(self, dtype: str) -> KvShape:
         layers, heads, _, _, head_dim = self.kv.shape
@@ -61,6 +65,8 @@ def cases(draw: st.DrawFn) -> Case:
         codec=draw(st.sampled_from(CODECS)),
         sender=draw(dtypes),
         receiver=draw(dtypes),
+        step=draw(st.integers(1, 3)),
+        direct=draw(st.booleans()),
     )
 
 
@@ -75,8 +81,8 @@ def sent(case: Case, network: MemoryNetwork) -> tuple[tuple[Source, ...], list[P
         transport = MemoryTransport(network)
         transport.register(buffer.buffer, None)
         buffer.open("t", TOKEN, case.num_tokens, case.codec, pages)
-        for chunk in range(chunks):
-            start, stop = chunk_span(chunk, case.num_tokens)
+        for chunk in range(0, chunks, case.step):
+            start, stop = chunk * CHUNK_TOKENS, min((chunk + case.step) * CHUNK_TOKENS, case.num_tokens)
             for layer in part.layers:
                 heads = slice(part.kv_heads.start, part.kv_heads.stop)
                 piece = case.kv[layer, heads, :, start:stop].to(TORCH_DTYPE[case.sender])
@@ -107,7 +113,7 @@ def received(case: Case, network: MemoryNetwork) -> tuple[torch.Tensor, int]:
     num_bytes = 0
     for part in case.targets:
         layout = PageLayout(case.shape(case.receiver), part)
-        transport = MemoryTransport(network)
+        transport = MemoryTransport(network, direct=case.direct)
         chunks = num_chunks(case.num_tokens)
         staging = new_staging(layout, transport, chunks * layout.page_bytes, 3 * layout.slot_bytes)
         transport.register(None, staging.reads.landing)

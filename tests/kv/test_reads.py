@@ -1,7 +1,7 @@
 """Routes share the reads of a peer, take over from each other, and leave no slot behind. Time is counted in turns."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,16 +31,28 @@ class Rig:
     num_turns: int = 0
     #: Bundles that have landed and are looked at for longer than a turn.
     keep: int = 0
+    #: Whether reads go to where their bytes are to stay, and whether they can be revoked then.
+    direct: bool = False
+    revocable: bool = True
 
     def __post_init__(self) -> None:
         self.send = torch.randint(0, 256, (self.num_jobs * SLOT,), dtype=torch.uint8)
         self.theirs = [MemoryTransport(self.net) for _ in self.rates]
-        self.ours = [MemoryTransport(self.net, rate) for rate in self.rates]
+        self.ours = [
+            MemoryTransport(self.net, rate, direct=self.direct, revocable=self.revocable) for rate in self.rates
+        ]
         for transport in self.theirs:
             transport.register(self.send, None)
         self.reads: Reads[Job] = Reads(
-            self.ours, self.num_slots * SLOT, SLOT, torch.device("cpu"), STALL_S, lambda: self.now
+            self.ours,
+            self.num_slots * SLOT,
+            SLOT,
+            torch.device("cpu"),
+            STALL_S,
+            lambda: self.now,
+            stay_bytes=len(self.send) if self.direct else 0,
         )
+        self.stay = self.reads.landing[self.reads.stays_from :]
         for number, transport in enumerate(self.ours):
             transport.local = str(number)
             transport.register(None, self.reads.landing)
@@ -48,24 +60,35 @@ class Rig:
         self.kept: deque[Bundle[Job]] = deque()
         self.lost: dict[int, str] = {}
 
-    def add(self, claim: Claim, numbers: Sequence[int] | None = None) -> None:
-        for number in range(self.num_jobs) if numbers is None else numbers:
-            self.reads.add(Job(number, claim, tuple(transport.endpoint() for transport in self.theirs), SLOT))
+    def add(self, claim: Claim, numbers: Sequence[int] | None = None, count: int = 1) -> None:
+        peer, stays = tuple(each.endpoint() for each in self.theirs), self.reads.stays_from if self.direct else None
+        for number in range(0, self.num_jobs, count) if numbers is None else numbers:
+            self.reads.add(Job(number, claim, peer, SLOT, count, stays))
+
+    def wipe(self, numbers: Iterable[int]) -> None:
+        """Memory that nothing may write any more."""
+        for number in numbers:
+            self.stay[number * SLOT :][:SLOT] = 0
+
+    def is_wiped(self, number: int) -> bool:
+        return not self.stay[number * SLOT :][:SLOT].any()
 
     def turn(self) -> None:
         self.now += TURN_S
         self.num_turns += 1
         for bundle in self.reads.poll():
-            for job, slot in bundle.pieces:
-                landed = self.reads.landing[self.reads.offset(slot) :][:SLOT]
-                assert torch.equal(landed, self.send[job.remote_offset : job.remote_offset + SLOT])
-                self.landed[job.number] += 1
+            for job, slots in bundle.pieces:
+                for number, at in zip(job.numbers, self.reads.offsets(job, slots), strict=True):
+                    assert torch.equal(self.reads.landing[at : at + SLOT], self.send[number * SLOT :][:SLOT])
+                    self.landed[number] += 1
+                if not slots:
+                    self.wipe(job.numbers)
             self.kept.append(bundle)
         while len(self.kept) > self.keep:
             self.reads.free(self.kept.popleft())
-        self.lost |= {job.number: why for job, why in self.reads.pump()}
+        self.lost |= {number: why for job, why in self.reads.pump() for number in job.numbers}
         while self.reads.moved:
-            self.lost |= {job.number: why for job, why in self.reads.pump()}
+            self.lost |= {number: why for job, why in self.reads.pump() for number in job.numbers}
 
     def run(self, seconds: float = 60.0) -> int:
         """Turns until nothing is left to do."""
@@ -236,12 +259,61 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(steps=STEPS, num_slots=st.integers(1, 12))
+def test_a_long_job_is_read_in_parts_where_slots_are_few() -> None:
+    rig, claim = Rig([8 * SLOT], num_slots=6), Claim()
+    rig.add(claim, count=64)
+    rig.run()
+    assert rig.all_landed_once
+    assert sorted(rig.reads._slots) == list(range(6))
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_direct_reads_need_no_slot_and_routes_share_them_as_well(count: int) -> None:
+    # Many times what a route may hold.
+    num_jobs = 35_000
+    rig, claim = Rig([256 * SLOT, 64 * SLOT], num_jobs=num_jobs, num_slots=1, direct=True), Claim()
+    rig.add(claim, count=count)
+    assert rig.run() < 1.2 * num_jobs / 320
+    assert rig.all_landed_once
+    assert claim.num_direct == 0
+    assert not rig.stay.any(), "something was written after it had landed"
+
+
+def test_what_is_dropped_is_written_no_more_where_reads_can_be_revoked() -> None:
+    rig, claim = Rig([SLOT], direct=True), Claim()
+    rig.add(claim)
+    rig.turn()
+    assert claim.num_direct > 0
+    rig.reads.drop(claim)
+    assert claim.num_direct == 0
+    rig.wipe(range(256))
+    rig.run()
+    assert not rig.stay.any()
+
+
+def test_what_is_dropped_may_be_written_until_its_reads_are_over_where_they_cannot() -> None:
+    rig, claim = Rig([SLOT], direct=True, revocable=False), Claim()
+    rig.add(claim)
+    rig.turn()
+    rig.reads.drop(claim)
+    assert claim.num_direct > 0
+    rig.run()
+    assert claim.num_direct == 0
+    assert not rig.landed
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    steps=STEPS,
+    num_slots=st.integers(1, 12),
+    how_direct=st.sampled_from([(False, True), (True, True), (True, False)]),
+    in_runs=st.booleans(),
+)
 def test_whatever_happens_each_wanted_piece_lands_or_is_lost_and_every_slot_comes_back(
-    steps: list[tuple[str, object]], num_slots: int
+    steps: list[tuple[str, object]], num_slots: int, how_direct: tuple[bool, bool], in_runs: bool
 ) -> None:
-    rig = Rig([SLOT, 3 * SLOT, None], num_slots=num_slots)
+    direct, revocable = how_direct
+    rig = Rig([SLOT, 3 * SLOT, None], num_slots=num_slots, direct=direct, revocable=revocable)
     claims: list[Claim] = []
     number = 0
     owners: dict[int, Claim] = {}
@@ -256,12 +328,18 @@ def test_whatever_happens_each_wanted_piece_lands_or_is_lost_and_every_slot_come
             case "add", int(count):
                 claim = Claim()
                 claims.append(claim)
-                for _ in range(min(count, rig.num_jobs - number)):
-                    owners[number] = claim
-                    rig.add(claim, [number])
-                    number += 1
+                numbers = range(number, min(number + count, rig.num_jobs))
+                owners |= dict.fromkeys(numbers, claim)
+                if in_runs and numbers:
+                    rig.add(claim, [number], len(numbers))
+                else:
+                    rig.add(claim, numbers)
+                number = numbers.stop
             case "drop", int(which) if which < len(claims):
                 rig.reads.drop(claims[which])
+                if direct and revocable:
+                    assert claims[which].num_direct == 0
+                    rig.wipe(each for each, owner in owners.items() if owner is claims[which])
             case "rate", (int(which), int(rate)):
                 rig.ours[which].bytes_per_poll = rate
             case "fail", int(count):
@@ -281,6 +359,8 @@ def test_whatever_happens_each_wanted_piece_lands_or_is_lost_and_every_slot_come
         if claim.wanted:
             assert rig.landed[each] + (each in rig.lost) == 1, each
         assert rig.landed[each] <= 1
-    assert all(claim.num_slots == 0 for claim in claims)
+    assert all(claim.num_slots == claim.num_direct == 0 for claim in claims)
+    if direct and revocable:
+        assert all(rig.is_wiped(each) for each in owners if rig.landed[each] or not owners[each].wanted)
     assert rig.reads.quarantine_bytes == 0
     assert sorted(rig.reads._slots) == list(range(num_slots))

@@ -208,3 +208,22 @@ def test_the_deadline_ends_it_but_not_what_is_loaded() -> None:
     recv.loaded(0)
     recv.expire(100.0)
     assert recv.error is None
+
+
+def test_a_piece_of_several_chunks_is_fetched_at_once_but_for_what_is_known() -> None:
+    recv = RecvTransfer(HEADER, 1)
+    recv.offered(OFFER)
+    whole = Piece(0, 1, 0, (1, 0, 1, 1))
+    assert recv.ready([PIECES[1], whole]) == ()
+    assert recv.opened() == (PIECES[1], whole)
+    assert recv.ready([Piece(0, 0, 0, (0, 0, 0, 1)), whole]) == (PIECES[0],)
+    assert recv.error is None
+    recv.ready([Piece(0, 1, 0, (1, 0, 9, 9))])
+    assert "layer 1, chunk 1 changed" in str(recv.error)
+
+
+@pytest.mark.parametrize("piece", [Piece(0, 0, 1, (1, 2, 3, 4)), Piece(0, 0, 0, (1, 2, 3)), Piece(0, 0, 0, ())])
+def test_chunks_that_cannot_be_are_refused(piece: Piece) -> None:
+    recv = receiving()
+    recv.ready([piece])
+    assert recv.state is RecvState.REFUSED

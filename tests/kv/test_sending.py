@@ -154,3 +154,22 @@ def test_the_memory_of_ended_transfers_is_bounded() -> None:
     for transfer_id in "bc":
         with pytest.raises(TransferEnded):
             sends.find(transfer_id, TOKEN, now=0.0, until=5.0)
+
+
+def test_a_piece_of_several_chunks_is_each_of_them_and_none_twice() -> None:
+    send = sending()
+    send.hold(SOURCES)
+    send.ready([PIECES[1]])
+    both = Piece(0, 0, 0, (0, 0, 0, 1))
+    send.ready([both, Piece(0, 1, 0, (1, 0, 1, 1))])
+    assert send.state is SendState.PRODUCED
+    assert send.pieces == [PIECES[1], PIECES[0], Piece(0, 1, 0, (1, 0, 1, 1))]
+
+
+@pytest.mark.parametrize("piece", [Piece(0, 0, 1, (1, 2, 3, 4)), Piece(0, 0, 0, (1, 2, 3))], ids=str)
+def test_chunks_that_it_has_not_or_has_in_part_fail_the_transfer(piece: Piece) -> None:
+    send = sending()
+    send.hold(SOURCES)
+    send.ready([piece])
+    assert isinstance(send.error, EngineFailed)
+    assert send.pieces == []

@@ -46,10 +46,13 @@ class StagingMachine(RuleBasedStateMachine):
     """One sender, one receiver, pages given to one transfer after another. A sender's pages are reused at once when
     it is cut off, while reads of them may still run."""
 
+    direct, revocable = False, True
+
     def __init__(self) -> None:
         super().__init__()
         self.network = MemoryNetwork()
-        ours, theirs = MemoryTransport(self.network), MemoryTransport(self.network)
+        ours = MemoryTransport(self.network, direct=self.direct, revocable=self.revocable)
+        theirs = MemoryTransport(self.network)
         self.send = SendBuffer(LAYOUT, PAGES * LAYOUT.page_bytes, CPU)
         self.staging = Staging(
             LAYOUT,
@@ -84,13 +87,16 @@ class StagingMachine(RuleBasedStateMachine):
         transfer.send_pages = tuple(theirs)
 
     @precondition(lambda self: self.live)
-    @rule(index=INDEX, count=st.sampled_from([1, 2, 6, 6]))
-    def produce_and_announce(self, index: int, count: int) -> None:
+    @rule(index=INDEX, count=st.sampled_from([1, 2, 6, 6]), step=st.integers(1, 3))
+    def produce_and_announce(self, index: int, count: int, step: int) -> None:
+        """A layer of up to ``step`` chunks at a time."""
         transfer = self._pick(index)
         new: list[Piece] = []
         while transfer.waiting and transfer.sending and len(new) < count:
-            layer, chunk = transfer.waiting.pop(0)
-            start, stop = chunk_span(chunk, transfer.num_tokens)
+            layer, chunk = transfer.waiting[0]
+            chunks = [c for each, c in sorted(transfer.waiting) if each == layer and c < chunk + step]
+            transfer.waiting = [each for each in transfer.waiting if each not in [(layer, c) for c in chunks]]
+            start, stop = chunk_span(chunk, transfer.num_tokens)[0], chunk_span(chunks[-1], transfer.num_tokens)[1]
             digests = self.send.put(transfer.id, layer, chunk, transfer.kv[layer, :, :, start:stop])
             assert digests is not None
             new.append(Piece(0, layer, chunk, to_wire(digests)))
@@ -115,7 +121,7 @@ class StagingMachine(RuleBasedStateMachine):
     @rule(index=INDEX, fault=st.sampled_from(["drop", "corrupt", "fail"]))
     def go_through_with_one_fault(self, index: int, fault: str) -> None:
         self.spoil_the_next_read(fault)
-        self.produce_and_announce(index, 6)
+        self.produce_and_announce(index, 6, 2)
         self.turn(12)
 
     @rule()
@@ -161,9 +167,14 @@ class StagingMachine(RuleBasedStateMachine):
             self.staging.unpin(transfer.id)
             transfer.pinned = False
             self._close(transfer)
-        assert not self.live
         self.network.drop = 0
         self.network.release()
+        if not self.revocable:
+            for _ in range(50):
+                self.staging.turn()
+            for transfer in list(self.live.values()):
+                self._close(transfer)
+        assert not self.live
         for _ in range(50):
             self.staging.turn()
         assert self.staging.reads.quarantine_bytes == 0
@@ -176,7 +187,7 @@ class StagingMachine(RuleBasedStateMachine):
                 route.rests_until = 0.0
         self.network.corrupt = self.network.fail = 0
         self.begin(3 * CHUNK_TOKENS)
-        self.produce_and_announce(0, 6)
+        self.produce_and_announce(0, 6, 2)
         self.turn(50)
         (transfer,) = self.live.values()
         assert [type(each) for each in transfer.told] == [Fetched]
@@ -203,13 +214,29 @@ class StagingMachine(RuleBasedStateMachine):
     def _close(self, transfer: Transfer) -> None:
         transfer.closing = True
         self._cut(transfer)
-        # False while the engine copies: the pages are not given back before.
+        # False while the engine copies, or a read may write: the pages are not given back before.
         closed = self.staging.close(transfer.id)
-        assert closed is not transfer.pinned
+        if self.revocable:
+            assert closed is not transfer.pinned
         if closed:
             del self.live[transfer.id]
             self.free_staging = [*transfer.pages, *self.free_staging]
 
 
-StagingMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+class DirectMachine(StagingMachine):
+    """Reads go to the pages themselves; a transfer that is closed revokes its own."""
+
+    direct = True
+
+
+class IrrevocableMachine(StagingMachine):
+    """They cannot be revoked: pages are not given back before they are over."""
+
+    direct, revocable = True, False
+
+
+for machine in (StagingMachine, DirectMachine, IrrevocableMachine):
+    machine.TestCase.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestStaging = StagingMachine.TestCase
+TestDirect = DirectMachine.TestCase
+TestIrrevocable = IrrevocableMachine.TestCase

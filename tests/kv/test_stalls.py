@@ -43,9 +43,9 @@ class Rig:
 
     def turn(self) -> None:
         for bundle in self.reads.poll():
-            for job, slot in bundle.pieces:
-                landed = self.reads.landing[self.reads.offset(slot) :][:SLOT]
-                assert torch.equal(landed, self.peers[0].send[job.remote_offset : job.remote_offset + SLOT])
+            for job, slots in bundle.pieces:
+                (at,), send = self.reads.offsets(job, slots), self.peers[0].send
+                assert torch.equal(self.reads.landing[at : at + SLOT], send[job.number * SLOT :][:SLOT])
                 assert job.number not in self.landed
                 self.landed.add(job.number)
             self.reads.free(bundle)

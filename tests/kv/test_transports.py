@@ -13,7 +13,7 @@ import torch
 from hexgen2.kv.choose import make_transports
 from hexgen2.kv.memory import MemoryNetwork, MemoryTransport
 from hexgen2.kv.transport import Span, Transport, TransportError
-from hexgen2.kv.ucx import NIXL_MODULES
+from hexgen2.kv.ucx import NIXL_MODULES, UcxTransport
 from tests.kv.serving_peer import Peer, contents, serving_peer
 
 MIB = 1 << 20
@@ -160,6 +160,37 @@ def test_says_what_it_is(kind: str, rig: Rig) -> None:
     if kind == "ucx-tcp":
         # UCX itself says what carried the read.
         assert said == "ucx (tcp/lo)"
+
+
+def test_reads_are_direct_where_no_peer_can_delay_them(kind: str) -> None:
+    with ExitStack() as stack:
+        rig = Rig(kind, stack)
+        if isinstance(rig.reader, UcxTransport):
+            # How this process has read by other contexts counts, too.
+            assert rig.reader._log._file is not None
+            rig.reader._log._file.paths.clear()
+            assert not rig.reader.is_direct(rig.endpoint), "UCX tells after the first read"
+        handle = rig.reader.read(rig.endpoint, [Span(0, 0, 1)])
+        rig.finish([handle])
+        assert rig.reader.is_direct(rig.endpoint) is (kind in ("tcp", "ucx"))
+        assert not rig.reader.revoke(handle), "it is over"
+
+
+def test_a_read_that_is_revoked_writes_nothing_more_and_the_next_one_does() -> None:
+    with ExitStack() as stack:
+        rig = Rig("tcp", stack)
+        assert rig.process is not None
+        rig.finish([rig.reader.read(rig.endpoint, [Span(0, 0, 1)])])
+        rig.process.signal(signal.SIGSTOP)
+        half = SEND_BYTES // 2
+        given_up, kept = (rig.reader.read(rig.endpoint, [Span(0, at, half)]) for at in (0, half))
+        assert stays_open(rig.reader, polls=3)
+        rig.landing.zero_()
+        assert rig.reader.revoke(given_up)
+        rig.process.signal(signal.SIGCONT)
+        assert rig.finish([given_up, kept]) == {given_up: None, kept: None}
+        assert not rig.landing[:half].any()
+        assert torch.equal(rig.landing[half:], rig.send[:half])
 
 
 @pytest.mark.parametrize("kind", COOPERATIVE, indirect=True, scope="function")
