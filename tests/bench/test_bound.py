@@ -11,7 +11,7 @@ def test_the_bound_is_the_bare_transport_until_the_processors_are_busy(monkeypat
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert bound.least_s("protocol", 1.0, 1.5, 0.5) == 1.0
     assert bound.least_s("digest", 1.0, 0.8, 0.5) == 1.0
-    assert bound.least_s("digest", 1.0, 1.5, 0.5) == pytest.approx(1.25)
+    assert bound.least_s("digest", 1.0, 1.8, 0.5) == pytest.approx(1.15)
 
 
 def test_processor_time_is_of_all_threads() -> None:

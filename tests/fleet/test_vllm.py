@@ -68,20 +68,22 @@ async def test_layers_leave_while_prefill_computes(fleet: Running) -> None:
     prefill = fleet.pair.start_prefill(transfer, prompt, GREEDY)
     stub = prefill_pb2_grpc.PrefillStub(fleet.workers["prefill-0"].worker_channel)
     request = prefill_pb2.FetchKvRequest(transfer_id=transfer.transfer_id, token=transfer.token)
-    before, after = 0, 0
+    # One digest per chunk, layer and KV head.
+    before, after, a_chunk = 0, 0, 30 * 3
     first_token = False
     async for response in stub.FetchKv(request, timeout=DEADLINE_S):
         first_token = first_token or response.HasField("first_token")
+        num_digests = sum(len(piece.digests) for piece in response.pieces.pieces)
         if first_token:
-            after += len(response.pieces.pieces)
+            after += num_digests
         else:
-            before += len(response.pieces.pieces)
-        if first_token and before + after == 8 * 30:
+            before += num_digests
+        if first_token and before + after == 8 * a_chunk:
             break
     prefill.cancel()
     # Of 8 chunks in 4 steps, those of the first 3 steps are there well before the last step has made a token.
-    assert before >= 6 * 30
-    assert before + after == 8 * 30
+    assert before >= 6 * a_chunk
+    assert before + after == 8 * a_chunk
     await fleet.settled()
 
 
