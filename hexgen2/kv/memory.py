@@ -71,7 +71,7 @@ class MemoryTransport:
     def __init__(
         self, network: MemoryNetwork, bytes_per_poll: int | None = None, *, direct: bool = False, revocable: bool = True
     ) -> None:
-        self.may_be_direct, self._revocable = direct, revocable
+        self.direct_read_bytes, self._revocable = 4 << 20 if direct else 0, revocable
         #: What our reads get each poll, one read after another; None: all they want. 0 is a silent link.
         self.bytes_per_poll = bytes_per_poll
         self._earned_bytes = 0
@@ -123,7 +123,7 @@ class MemoryTransport:
 
     def is_direct(self, endpoint: bytes) -> bool:
         """As it was made."""
-        return self.may_be_direct
+        return self.direct_read_bytes > 0
 
     def revoke(self, handle: int) -> bool:
         """It will be over when it would have been; as it was made."""

@@ -170,7 +170,7 @@ class Reads(Generic[J]):
 
     def reachable(self, transport: Transport) -> torch.Tensor:
         """What of ``landing`` to register with it: memory that is to stay only where reads may go there."""
-        direct = transport.may_be_direct and self.landing.device.type == "cpu"
+        direct = transport.direct_read_bytes > 0 and self.landing.device.type == "cpu"
         return self.landing if direct else self.landing[: self.stays_from]
 
     @property
@@ -298,7 +298,8 @@ class Reads(Generic[J]):
         direct = stays_at is not None and transport.is_direct(route.endpoint)
         most = MAX_PIECES_PER_READ if direct else min(share, MAX_PIECES_PER_READ, len(self._slots))
         limit_bytes = sum(each.open_bytes for each in peer.routes) + (_NO_LIMIT if direct else share * piece_bytes)
-        room = min(room_bytes(route, peer.routes, peer.waiting_bytes, piece_bytes, limit_bytes, now), MAX_READ_BYTES)
+        room = room_bytes(route, peer.routes, peer.waiting_bytes, piece_bytes, limit_bytes, now)
+        room = min(room, transport.direct_read_bytes if direct else MAX_READ_BYTES)
         # A direct read is of one transfer, so that it can be revoked with that.
         jobs = self._pop(peer, room, most, first.claim if direct else None) if room > 0 else []
         if not jobs:
@@ -340,17 +341,17 @@ class Reads(Generic[J]):
             peer.waiting_bytes -= job.num_bytes
             if not job.claim.wanted:
                 continue
-            ends = accumulate(part.num_bytes for part in job.parts)
-            fits = max(min(most, sum(end <= room for end in ends)), 0 if jobs else 1)
-            taken, left = (job, None) if fits == len(job.parts) else job.split(fits) if fits else (None, job)
-            if left is not None:
-                peer.jobs.appendleft(left)
-                peer.waiting_bytes += left.num_bytes
-            if taken is None:
-                break
-            jobs.append(taken)
-            most -= len(taken.parts)
-            room -= taken.num_bytes
+            if job.num_bytes > room or len(job.parts) > most:
+                ends = accumulate(part.num_bytes for part in job.parts)
+                fits = max(min(most, sum(end <= room for end in ends)), 0 if jobs else 1)
+                if fits < len(job.parts):
+                    taken, left = job.split(fits) if fits else (None, job)
+                    peer.jobs.appendleft(left)
+                    peer.waiting_bytes += left.num_bytes
+                    return jobs if taken is None else [*jobs, taken]
+            jobs.append(job)
+            most -= len(job.parts)
+            room -= job.num_bytes
         return jobs
 
     def _check(self, now: float) -> None:

@@ -78,7 +78,8 @@ class _Job:
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.parts)
+        # Of all parts but the prompt's last, which may be short, alike.
+        return self.parts[0].num_bytes * (len(self.parts) - 1) + self.parts[-1].num_bytes
 
     def split(self, count: int) -> "tuple[_Job, _Job]":
         num = count * self.pick.num_kv_heads
@@ -156,6 +157,8 @@ class Staging:
         memory = self.reads.landing
         self._values = memory.view(TORCH_DTYPE[layout.shape.dtype])
         self._memory_at = memory.data_ptr()
+        # Asked for with each piece, and each a product of products.
+        self._page_bytes, self._head_token_bytes = layout.page_bytes, layout.head_bytes_per_token
         self._recvs: dict[str, _Recv] = {}
         self._lock = Lock()
         self._verifier: Verifier[Bundle[_Job], list[_Verified]] = Verifier(self._verify, wake)
@@ -200,12 +203,13 @@ class Staging:
         first = pick.first_kv_head - source.slice.first_kv_head
         ours = pick.first_kv_head - self.layout.slice.first_kv_head
         stays = recv.format.keeps(self._values.dtype)
+        layer_at, their_layer_at = self._at(0, piece.layer), theirs.piece_offset(piece.layer)
         parts, pages_at = [], []
         for chunk in range(piece.chunk, piece.end(num_heads)):
             start, stop = chunk_span(chunk, request.num_tokens)
             per_head = recv.format.head_bytes(stop - start)
-            to = self._at(request.pages[chunk], piece.layer) + ours * self._head_bytes(stop - start)
-            of = source.page_offsets[chunk] + theirs.piece_offset(piece.layer) + first * per_head
+            to = layer_at + request.pages[chunk] * self._page_bytes + ours * self._head_token_bytes * (stop - start)
+            of = source.page_offsets[chunk] + their_layer_at + first * per_head
             parts.append(Part(of, pick.num_kv_heads * per_head, to if stays else None))
             pages_at.append(to)
         digests = piece.digests
@@ -276,7 +280,7 @@ class Staging:
 
     def _at(self, page: int, layer: int) -> int:
         """Where a layer of a page begins in ``Reads.landing``."""
-        return self.reads.stays_from + page * self.layout.page_bytes + self.layout.piece_offset(layer)
+        return self.reads.stays_from + page * self._page_bytes + self.layout.piece_offset(layer)
 
     def _verify(self, bundle: "Bundle[_Job]") -> "list[_Verified]":
         """Copy each part to its page, if it is not there, and digest it there. Runs in any thread."""
@@ -325,10 +329,6 @@ class Staging:
             of = form.read(target, encoded, layer=pick.layer, chunk=chunk, first_head=pick.first_kv_head)
             digests += to_wire(of)
         return tuple(digests)
-
-    def _head_bytes(self, num_tokens: int) -> int:
-        """Of a piece as it is staged."""
-        return self.layout.head_bytes_per_token * num_tokens
 
     def _settle(self, job: _Job, verified: "_Verified") -> list[ToService]:
         """Take note of what was verified, or was not what was announced."""

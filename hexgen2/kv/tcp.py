@@ -38,7 +38,8 @@ class TcpTransport:
         if host in ("", "0.0.0.0", "::"):
             raise ConfigError(f"kv.host: {host!r} is not an address that peers can connect to")
         self.name = "tcp" if tls is None else "tcp+tls"
-        self.may_be_direct = True
+        # What comes is digested while it is in the cache.
+        self.direct_read_bytes = 4 << 20
         self._host = self.local = host
         self._bind = host if bind else ""
         self._streams = Streams(tls)

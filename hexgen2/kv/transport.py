@@ -66,8 +66,8 @@ class Transport(Protocol):
     name: str
     #: For people: the address or device that this one uses, where a rank has several.
     local: str
-    #: Whether any peer's reads may be direct (``is_direct``).
-    may_be_direct: bool
+    #: The most that one direct read (``is_direct``) is to carry; 0: none ever is.
+    direct_read_bytes: int
 
     def register(self, send: "torch.Tensor | None", landing: "torch.Tensor | None") -> None:
         """Make ``send`` (uint8, 1-d, contiguous) readable by peers and ``landing`` writable by our reads."""

@@ -93,7 +93,7 @@ class UcxTransport:
         _prepare_environment(host)
         self._read_path: str | None = None
         # A device may write what is registered: memory that is to stay as it is shall not be.
-        self.may_be_direct = not has_rdma()
+        self.direct_read_bytes = 0 if has_rdma() else 16 << 20
         with ucx_logged() as self._log:
             api, self._errors, self._lost, self._version = _load_nixl()
             # The name is new in every process, so that no peer takes a restarted one for its predecessor.
@@ -190,7 +190,7 @@ class UcxTransport:
     def is_direct(self, endpoint: bytes) -> bool:
         """Where the kernel copies from the peer's memory, which it does as we poll."""
         peer = self._peers.get(endpoint)
-        return self.may_be_direct and peer is not None and peer.known and self._log.is_local
+        return self.direct_read_bytes > 0 and peer is not None and peer.known and self._log.is_local
 
     def revoke(self, handle: int) -> bool:
         """See the module: it goes on to write."""
