@@ -12,6 +12,8 @@ import click
 
 #: Of what a failed command said, the last so many lines are told.
 TOLD = 20
+#: From SIGTERM to SIGKILL.
+GRACE_S = 10.0
 
 
 async def run(*words: str | Path, limit_s: float, env: Mapping[str, str] | None = None, log: Path | None = None) -> str:
@@ -36,9 +38,7 @@ async def run(*words: str | Path, limit_s: float, env: Mapping[str, str] | None 
         raise click.ClickException(f"{told}: not done after {limit_s:.0f} s") from None
     finally:
         if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+            await _end(process)
     text = output.decode(errors="replace")
     if log is not None:
         _keep(log, f"$ {told}\n{text}")
@@ -46,6 +46,16 @@ async def run(*words: str | Path, limit_s: float, env: Mapping[str, str] | None 
         last = "\n".join(text.splitlines()[-TOLD:])
         raise click.ClickException(f"{told}: exit status {process.returncode}\n{last}")
     return text
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Told first: ansible-playbook's own processes are in groups of their own, which only it ends."""
+    with suppress(ProcessLookupError, TimeoutError):
+        os.killpg(process.pid, signal.SIGTERM)
+        await asyncio.wait_for(process.wait(), GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 def _keep(log: Path, text: str) -> None:
