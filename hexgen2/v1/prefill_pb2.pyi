@@ -314,7 +314,9 @@ Global___KvRank: _TypeAlias = KvRank  # noqa: Y015
 
 @_typing.final
 class KvPiece(_message.Message):
-    """A piece is one (layer, token chunk) of one rank. Ready to be read, and what its bytes digest to."""
+    """One layer of one token chunk of one rank, or of several consecutive chunks. Ready to be read, and what its bytes
+    digest to.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -325,9 +327,10 @@ class KvPiece(_message.Message):
     rank: _builtins.int
     layer: _builtins.int
     chunk: _builtins.int
+    """The first."""
     @_builtins.property
     def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """One per KV head of the rank, in order."""
+        """One per KV head of the rank, in order, chunk by chunk."""
 
     def __init__(
         self,
