@@ -28,7 +28,9 @@ from hexgen2.v1 import coordinator_pb2_grpc, types_pb2
 
 #: Loads change all the time; watchers hear of them at most this often.
 LOAD_INTERVAL_S = 1.0
-#: Waking up later than this means that the whole process stood still.
+#: How often a coordinator looks whether it is time to take somebody for lost, at least.
+TURN_S = 0.25
+#: Looking later than this means that the whole process stood still.
 STALL_S = 1.0
 #: Ids whose refusal is remembered, so that it is logged once.
 MAX_REFUSED = 1000
@@ -216,18 +218,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def run_expiry(self) -> None:
         """Mark silent replicas as lost when their time comes; runs until cancelled."""
+        turned_s = now_s = self._clock()
         while True:
+            # Whatever it stood still in, this process did not listen: who was silent meanwhile is not to blame.
+            if (late_s := now_s - turned_s - TURN_S) > STALL_S:
+                log.warning("stalled", late_s=round(late_s, 1))
+                self._state.forgive(now_s)
+            turned_s = now_s
             deadline = self._state.next_deadline()
-            if deadline is None:
-                await self._changed.wait()
-                continue
-            now_s = self._clock()
-            if now_s < deadline:
-                await asyncio.sleep(deadline - now_s)
-                late_s = self._clock() - deadline
-                if late_s > STALL_S:
-                    log.warning("stalled", late_s=round(late_s, 1))
-                    self._state.forgive(self._clock())
+            if deadline is None or now_s < deadline:
+                await asyncio.sleep(TURN_S if deadline is None else min(TURN_S, deadline - now_s))
+                now_s = self._clock()
                 continue
             before = {status.replica_id: status.state for status in self._state.statuses}
             change = self._state.expire(now_s)

@@ -18,11 +18,13 @@ import pytest
 import structlog
 
 from hexgen2.coordinator.assignment import Assignment
+from hexgen2.coordinator.state import FleetState
 from hexgen2.errors import Unavailable
 from hexgen2.plan import Load, Plan, Prediction, ReplicaState, Role
 from hexgen2.rpc import plan_convert as convert
 from hexgen2.rpc.report import PlanWatcher, Reporter
 from hexgen2.v1 import coordinator_pb2 as pb
+from services.coordinator.service import TURN_S, CoordinatorService
 from tests.coordinator.harness import connected, coordinator, replica, running
 
 READY, DRAINING, STARTING = ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.STARTING
@@ -372,6 +374,20 @@ async def test_a_stalled_coordinator_does_not_take_its_workers_for_dead(tmp_path
                 got = await stub.GetPlan(pb.GetPlanRequest())
                 seen.append({s.replica_id: s.state for s in map(convert.status_from_proto, got.statuses)})
     assert seen == [{"d1": READY}]
+
+
+async def test_a_coordinator_that_stalls_before_it_first_looks_takes_nobody_for_dead() -> None:
+    now_s = [100.0]
+    service = CoordinatorService(FleetState(100, lost_after_s=3.0), lambda: now_s[0])
+    expiry = asyncio.create_task(service.run_expiry())
+    await asyncio.sleep(0)
+    d1 = convert.replica_to_proto(replica("d1"))
+    await service.Report(pb.ReportRequest(replica=d1, state=convert.state_to_proto(READY)), None)
+    # The process stops before anything else has run.
+    now_s[0] += 5
+    await asyncio.sleep(TURN_S * 2)
+    expiry.cancel()
+    assert [status.state for status in service.statuses] == [READY]
 
 
 async def test_a_port_in_use_ends_the_process_with_one_line(tmp_path: Path) -> None:
