@@ -52,7 +52,7 @@ def prepare(console: Console) -> Path:
     folder = default_model()
     if is_prepared(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_writable(folder.parent)
     if (free := shutil.disk_usage(folder.parent).free) < NEEDED_BYTES:
         raise ConfigError(
             f"{folder.parent}: {free >> 20} MiB free, {NEEDED_BYTES >> 20} needed; set HEXGEN2_HOME to elsewhere"
@@ -82,6 +82,17 @@ def prepare(console: Console) -> Path:
         made.rename(folder)
         progress.update(task, completed=1)
     return folder
+
+
+def _check_writable(parent: Path) -> None:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{parent}: user {os.getuid()} cannot write there ({error.strerror}); give it the folder, put a model "
+            "there that it can read, or set HEXGEN2_HOME to elsewhere"
+        ) from error
 
 
 #: The converter's own progress bars would mix with ours, and it needs no model hub.

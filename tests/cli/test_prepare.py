@@ -67,6 +67,16 @@ def test_a_failed_conversion_leaves_nothing(programs: list[str], monkeypatch: py
     assert list(default_model().parent.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(programs: list[str]) -> None:
+    # Root may write anywhere but where there is no folder.
+    models = default_model().parent
+    models.parent.mkdir()
+    models.touch()
+    with pytest.raises(ConfigError, match=f"^{models}: user \\d+ cannot write there"):
+        prepare(QUIET)
+    assert not programs
+
+
 def test_another_wheel_is_refused(programs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run = prepare_module._run
 
