@@ -241,7 +241,11 @@ class GatewayConfig(Config):
         768, ge=1, description="for one more, the connection that has waited longest for a request is closed"
     )
     max_grpc_connections: int = Field(1024, ge=1, description="one more is closed at once")
-    head_timeout_s: float = Field(10.0, gt=0, description="how long the head of an HTTP request may take to come")
+    head_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="how long the head of an HTTP request may take to come, with the TLS handshake before it",
+    )
     unread_timeout_s: float = Field(
         30.0, gt=0, description="a client that takes nothing of its HTTP answer for so long is hung up on"
     )

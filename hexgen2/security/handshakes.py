@@ -5,11 +5,8 @@ import ssl
 
 from hexgen2 import metrics
 
-#: asyncio's own limit, which uvicorn leaves alone.
-TIMEOUT_S = 60.0
 
-
-def counted(context: ssl.SSLContext, plane: str, timeout_s: float = TIMEOUT_S) -> ssl.SSLContext:
+def counted(context: ssl.SSLContext, plane: str, timeout_s: float) -> ssl.SSLContext:
     """The same context, whose handshakes count as ``plane``'s.
 
     One that OpenSSL refuses, or that the other side ends with a reason, counts as failed at once; one that the other

@@ -12,7 +12,7 @@ from hexgen2.address import check_free, format_address, parse_address, port_in_u
 from hexgen2.security.handshakes import counted
 from hexgen2.security.tls import TlsFiles
 from hexgen2.security.tls_context import https_context
-from hexgen2.web.guard import Limits, guarded
+from hexgen2.web.guard import Doorway, Guard, Limits, guarded
 
 
 class _Server(uvicorn.Server):
@@ -53,7 +53,7 @@ class HttpServer:
         self._what = what
         self._tls = tls
         self._client_certs = client_certs
-        self._protocol = guarded(limits)
+        self._limits = limits
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -67,7 +67,8 @@ class HttpServer:
         if port:
             check_free(self._listen, what=self._what)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening = Doorway(family, socket.SOCK_STREAM)
+        guard = listening.guard = Guard(self._limits)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((host, port))
@@ -78,7 +79,7 @@ class HttpServer:
             raise port_in_use(self._listen) from None
         config = uvicorn.Config(
             self._app,
-            http=self._protocol,
+            http=guarded(guard),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -88,7 +89,8 @@ class HttpServer:
         )
         config.load()
         if self._tls is not None:
-            config.ssl = counted(https_context(self._tls, client_certs=self._client_certs), "https")
+            context = https_context(self._tls, client_certs=self._client_certs)
+            config.ssl = counted(context, "https", self._limits.head_timeout_s)
         server = self._server = _Server(config)
         self._task = asyncio.create_task(server.serve([listening]))
         await server.up.wait()

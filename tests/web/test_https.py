@@ -11,6 +11,7 @@ import pytest
 from hexgen2 import metrics
 from hexgen2.address import parse_address
 from hexgen2.config import TlsConfig
+from hexgen2.web.guard import Limits
 from hexgen2.web.server import HttpServer
 from tests.certificates import Authority
 from tests.eventually import eventually
@@ -83,4 +84,42 @@ async def test_a_client_that_does_not_trust_the_server_counts_as_failed(
         await asyncio.to_thread(connect, address)
         await eventually(lambda: count(metrics.TLS_HANDSHAKES_FAILED) == failed + 1)
     finally:
+        await server.stop()
+
+
+async def test_a_flood_of_clients_that_shake_no_hands_keeps_nobody_out(authority: Authority) -> None:
+    too_many = metrics.HTTP_CONNECTIONS_CLOSED.labels("too_many")._value
+    before = too_many.get()
+    server = HttpServer(app, "127.0.0.1:0", authority.files("gateway"), limits=Limits(max_connections=8))
+    address = await server.start()
+    host, port = parse_address(address)
+    silent = [await asyncio.open_connection(host, port) for _ in range(40)]
+    try:
+        trusted = authority.config("client")
+        assert await get(address, context(trusted, trusted)) == "ok"
+        assert too_many.get() >= before + 32
+        # The oldest had to go.
+        async with asyncio.timeout(10):
+            assert [await reader.read() for reader, _ in silent[:32]] == [b""] * 32
+    finally:
+        for _, writer in silent:
+            writer.close()
+        await server.stop()
+
+
+async def test_a_handshake_has_the_time_of_a_head(authority: Authority) -> None:
+    slow, failed = metrics.HTTP_CONNECTIONS_CLOSED.labels("slow")._value, count(metrics.TLS_HANDSHAKES_FAILED)
+    before = slow.get()
+    server = HttpServer(app, "127.0.0.1:0", authority.files("gateway"), limits=Limits(head_timeout_s=0.3))
+    address = await server.start()
+    reader, writer = await asyncio.open_connection(*parse_address(address))
+    try:
+        # The first three bytes of a ClientHello.
+        writer.write(b"\x16\x03\x01")
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+        assert slow.get() == before + 1
+        await eventually(lambda: count(metrics.TLS_HANDSHAKES_FAILED) == failed + 1)
+    finally:
+        writer.close()
         await server.stop()
