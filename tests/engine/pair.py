@@ -5,17 +5,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from hexgen2 import plan
 from hexgen2.config import KvConfig, VllmEngineConfig, WorkerConfig
 from hexgen2.engine.base import EngineOutput, SampledToken, Sampling
 from hexgen2.engine.vllm import VllmEngine
 from hexgen2.engine.vllm_args import Role
 from hexgen2.kv.codecs import NONE
 from hexgen2.kv.handoff import FetchMessage, FirstToken
-from hexgen2.kv.ranks import Ranks
 from hexgen2.worker.aio import PageQueue
 from hexgen2.worker.decode import DecodeJob, DecodeWorker
-from hexgen2.worker.loading import loading
+from hexgen2.worker.loading import Loading, loading
 from hexgen2.worker.prefill import PrefillJob, PrefillWorker
 from hexgen2.worker.receive import KvSummary, RemoteKv
 
@@ -23,14 +21,11 @@ START_TIMEOUT_S = 120.0
 
 
 @asynccontextmanager
-async def running(
-    config: VllmEngineConfig, kv: KvConfig, role: Role
-) -> AsyncIterator[tuple[VllmEngine, Ranks, PageQueue]]:
+async def running(config: VllmEngineConfig, kv: KvConfig, role: Role) -> AsyncIterator[Loading]:
     """An engine with its agents."""
     async with loading(WorkerConfig(role=role, engine=config, kv=kv)) as loaded:
-        pools = await loaded.start()
-        assert isinstance(loaded.engine, VllmEngine)
-        yield loaded.engine, loaded.ranks, pools.of(plan.Role(role))
+        await loaded.start()
+        yield loaded
 
 
 @dataclass
@@ -112,17 +107,23 @@ def take(answer: Answer, output: EngineOutput) -> None:
     answer.finish_reason = output.finish_reason or answer.finish_reason
 
 
+def joined(first: Loading, second: Loading) -> Pair:
+    """The first prefills for the second."""
+    assert isinstance(first.engine, VllmEngine)
+    assert isinstance(second.engine, VllmEngine)
+    assert first.pools is not None
+    assert second.pools is not None
+    prefill = PrefillWorker(first.engine, first.ranks, first.pools.send)
+
+    def fetch(remote: RemoteKv, resume: bool) -> AsyncGenerator[FetchMessage, None]:
+        return prefill.fetch(remote.transfer_id, remote.token, resume=resume)
+
+    decode = DecodeWorker(second.engine, second.ranks, second.pools.staging, fetch)
+    return Pair(first.engine, second.engine, first.pools.send, second.pools.staging, prefill, decode)
+
+
 @asynccontextmanager
-async def pair(prefill_config: VllmEngineConfig, decode_config: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Pair]:
+async def pair(prefill: VllmEngineConfig, decode: VllmEngineConfig, kv: KvConfig) -> AsyncIterator[Pair]:
     """Both, one after the other."""
-    async with (
-        running(prefill_config, kv, "prefill") as (p_engine, p_ranks, p_memory),
-        running(decode_config, kv, "decode") as (d_engine, d_ranks, d_memory),
-    ):
-        prefill = PrefillWorker(p_engine, p_ranks, p_memory)
-
-        def fetch(remote: RemoteKv, resume: bool) -> AsyncGenerator[FetchMessage, None]:
-            return prefill.fetch(remote.transfer_id, remote.token, resume=resume)
-
-        decode = DecodeWorker(d_engine, d_ranks, d_memory, fetch)
-        yield Pair(p_engine, d_engine, p_memory, d_memory, prefill, decode)
+    async with running(prefill, kv, "prefill") as first, running(decode, kv, "decode") as second:
+        yield joined(first, second)

@@ -16,7 +16,7 @@ from hexgen2.errors import ConfigError
 from hexgen2.kv.codecs import CODECS, transfer_bytes
 from hexgen2.kv.wire import KvShape, RankSlice
 from tests.engine.inprocess import Store, engine
-from tests.engine.pair import pair
+from tests.engine.pair import joined, pair, running
 from tests.models import make_tiny_llama
 
 # Up to seven processes import vLLM for a test: minutes on a machine that is busy.
@@ -63,41 +63,31 @@ def three_heads(tmp_path_factory: pytest.TempPathFactory) -> VllmEngineConfig:
     return VllmEngineConfig(model=model, max_model_len=1024, kv_cache_bytes=32 << 20)
 
 
-PROMPTS = [random.Random(n).choices(range(3, 259), k=n) for n in (3, 130, 700)]
-
-
-@pytest.fixture(scope="module")
-def alone(three_heads: VllmEngineConfig) -> list[list[int]]:
-    """What one engine by itself answers."""
-    with engine(Store(), three_heads, "bare") as bare:
-        return [bare.run(prompt, GREEDY.max_tokens).token_ids for prompt in PROMPTS]
+#: Others for the way back: who has prefilled a prompt would have its KV without being handed it.
+PROMPTS, OTHERS = ([random.Random(seed + n).choices(range(3, 259), k=n) for n in (3, 130, 700)] for seed in (0, 1000))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("prefill", "decode"),
-    [
-        # Three layers and two on one rank each; then all layers of one head on each of three.
-        ({"pipeline_parallel_size": 2, "block_size": 64}, {"tensor_parallel_size": 3, "block_size": 128}),
-        ({"tensor_parallel_size": 3, "block_size": 128}, {"pipeline_parallel_size": 2, "block_size": 32}),
-    ],
-    ids=["stages to heads", "heads to stages"],
-)
-async def test_unlike_ranks_hand_over_to_each_other(
-    three_heads: VllmEngineConfig, alone: list[list[int]], prefill: dict[str, int], decode: dict[str, int]
-) -> None:
+async def test_unlike_ranks_hand_over_to_each_other(three_heads: VllmEngineConfig) -> None:
     """Tensor parallelism 1 to 3 and 3 to 1, stages 2 to 1 and 1 to 2 (unlike ones), blocks of unlike sizes."""
+    with engine(Store(), three_heads, "bare") as bare:
+        alone = [[bare.run(prompt, GREEDY.max_tokens).token_ids for prompt in each] for each in (PROMPTS, OTHERS)]
     kv = KvConfig(transport="tcp", send_bytes=8 << 20, staging_bytes=8 << 20, landing_bytes=1 << 20)
-    first, second = (three_heads.model_copy(update=changes) for changes in (prefill, decode))
-    async with pair(first, second, kv) as workers:
-        answers = [await workers.hand_over(prompt, GREEDY) for prompt in PROMPTS]
-        assert [answer.token_ids for answer in answers] == alone
-        shape = workers.prefill_engine.model.kv_shape
-        for answer, prompt in zip(answers, PROMPTS, strict=True):
-            assert answer.kv is not None
-            assert answer.kv.num_bytes == shape.bytes_per_token * len(prompt)
-            assert answer.decode_cached == len(prompt)
-        assert (await workers.colocated(PROMPTS[1], GREEDY)).token_ids == alone[1]
+    # Three layers and two on one rank each; and all layers of one head on each of three.
+    stages = three_heads.model_copy(update={"pipeline_parallel_size": 2, "block_size": 64})
+    heads = three_heads.model_copy(update={"tensor_parallel_size": 3, "block_size": 128})
+    async with running(stages, kv, "flexible") as two, running(heads, kv, "flexible") as three:
+        for workers, prompts, expected in zip(
+            (joined(two, three), joined(three, two)), (PROMPTS, OTHERS), alone, strict=True
+        ):
+            answers = [await workers.hand_over(prompt, GREEDY) for prompt in prompts]
+            assert [answer.token_ids for answer in answers] == expected
+            shape = workers.prefill_engine.model.kv_shape
+            for answer, prompt in zip(answers, prompts, strict=True):
+                assert answer.kv is not None
+                assert answer.kv.num_bytes == shape.bytes_per_token * len(prompt)
+                assert answer.decode_cached == len(prompt)
+            assert (await workers.colocated(prompts[1], GREEDY)).token_ids == expected[1]
 
 
 #: How far apart decode's next-token probabilities, in bfloat16 on handed-over KV, and prefill's own in float32 may be,
