@@ -175,12 +175,10 @@ def lengths(workload: str, effort: Effort) -> tuple[Source | None, str]:
         return None, "built-in distribution"
     wanted = CLASSES[workload]
     rows = [row for row in read_arrivals(path) if wanted is None or (row[1] > 512, row[2] > 128) == wanted]
-    count = max(effort.offline, effort.online)
-    # Evenly spread over it, so that any number of them is a fair sample of the whole trace.
-    step = max(1, len(rows) // count)
-    picked = rows[::step]
-    repeated = [picked[number % len(picked)] for number in range(count)]
-    return Source([_arrival(row) for row in repeated], count, 0.0, max(row[1] for row in rows)), "trace"
+    count = min(len(rows), max(effort.offline, effort.online))
+    # Evenly spread over it: the trace's lengths change with the time of day.
+    picked = [_arrival(rows[number * len(rows) // count]) for number in range(count)]
+    return Source(picked, count, 0.0, max(row[1] for row in rows)), "trace"
 
 
 def _arrival(row: Row) -> Arrival:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hexgen2.scheduler import bubbles
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Numbers
 from hexgen2.scheduler.stages import Stage, Stages
 
@@ -58,6 +59,10 @@ class Rates:
         # Short prompts share a step up to its budget of tokens, which is a setting: a row for each choice of it.
         budgets = np.array([[limits.max_num_batched_tokens // part] for part in TOKEN_BUDGETS], float)
         self._together = np.clip(np.floor(budgets / self._prompts), 1, limits.max_num_seqs)
+        # Prompts as a step takes them alone, and how many of their mean fill a step.
+        self._chunks = np.minimum(self._prompts, limits.max_num_batched_tokens)
+        self._mean_chunk = float(self._weights @ self._chunks)
+        self._full = np.maximum(1.0, budgets[:, 0] / self._mean_chunk)
         self._longest = max(point.prompt_tokens + point.output_tokens for point in work.lengths)
         self._batches = batch_grid(limits.max_num_seqs)
         # Of one token only, an answer never reaches decode; kept above zero for workloads of only those.
@@ -104,17 +109,19 @@ class Rates:
         kv_tokens = costs.kv_tokens[at].min(axis=1)
         fits = kv_tokens >= self._longest
         busy = costs.prefill_busy_s[at].max(axis=1)
-        shared = [cost.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(each)] for each in busy.argmin(axis=1)]
+        budget = busy.argmin(axis=1)
+        shared = [cost.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(each)] for each in budget]
         prefill = np.where(fits, 1.0 / np.maximum(busy.min(axis=1), hops.max(axis=1, initial=0.0)), 0.0)
         alone = _sum(costs.prefill_alone_s[at]) + _sum(hops)
         room = np.where(fits, np.maximum(kv_tokens, 0.0) // work.mean_context_tokens, 0.0)
         through, slowest = self._steps(costs.decode_s[at], latency, token_s, self._batches)
-        decode = self._decode(size, through, slowest, room, np.zeros(len(rows)))
-        # Without chunks, a colocated replica's steps of decode wait for those of prefill: 1 / prefill per request.
-        with np.errstate(divide="ignore"):
-            waits = 1.0 / prefill
-        colocated = self._decode(size, through, slowest, room, waits)
-        if cost.engine.chunked_prefill:
+        decode = self._best([self._interval(count, through, slowest) for count in dict.fromkeys((1, size))], room)
+        # A step is of one phase: those of decode wait for those of prefill, 1 / prefill per request.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rounds = self._rounds(at, latency, token_s, budget, through, slowest, 1.0 / prefill)
+            colocated = self._best([(size * self._batches, rounds)], room)
+        if size == 1 and cost.engine.chunked_prefill:
+            # In a pipeline mixed steps come and go like prompts of their own: see `bubbles`.
             chunked = self._chunked(at, latency, token_s, room)
             colocated = [one if one.rate > 0 else other for one, other in zip(chunked, colocated, strict=True)]
         return [
@@ -128,7 +135,43 @@ class Rates:
         through, slowest = self._steps(self._stages.mixed_s[at], latency, token_s, tokens)
         never = tokens > self._cost.engine.max_num_batched_tokens
         through = np.where(never, np.inf, through)
-        return self._decode(at.shape[1], through, slowest, room, np.zeros(len(at)))
+        return self._best([self._interval(1, through, slowest)], room)
+
+    def _rounds(
+        self,
+        at: Any,
+        latency: Numbers,
+        token_s: Numbers,
+        budget: Any,
+        through: Numbers,
+        slowest: Numbers,
+        prompt_s: Numbers,
+    ) -> Numbers:
+        """By replica and batch of each of as many micro-batches as stages: seconds of a step of all of them, with the
+        prompts that take the places of what they finish. ``prompt_s``: of a prompt in the slowest stage."""
+        size = at.shape[1]
+        _, apart = self._interval(size, through, slowest)
+        per_round = size * self._finished
+        prompts = per_round * prompt_s[:, None]
+        if size == 1:
+            return np.asarray(apart + prompts)
+        share, full = np.empty_like(self._batches), np.empty((len(self._full), len(self._batches)))
+        for number, most in enumerate(self._full):
+            share, full[number] = bubbles.trains(tuple(per_round), float(most))
+        one = self._behind(self._stages.chunk_s[at], latency + self._mean_chunk * token_s)
+        tokens = self._mean_chunk * self._full[budget]
+        many = self._behind(self._stages.full_s[at, budget[:, None]], latency + tokens[:, None] * token_s)
+        behind = one[:, None] + full[budget] * (many - one)[:, None]
+        if self._cost.engine.chunked_prefill:
+            # Steps that carry prompts decode as well: only the others wait for them.
+            behind = behind / (1 + self._chunk_tokens / self._cost.engine.max_num_batched_tokens)
+        return bubbles.round_s(apart, slowest, prompts, behind, share, size)
+
+    @staticmethod
+    def _behind(stages: Numbers, hops: Numbers) -> Numbers:
+        """Seconds of a step in all stages and links but the slowest of them."""
+        slowest: Numbers = np.maximum(stages.max(axis=1), hops.max(axis=1))
+        return _sum(stages) + _sum(hops) - slowest
 
     def _steps(self, stages: Numbers, latency: Numbers, token_s: Numbers, tokens: Numbers) -> tuple[Numbers, Numbers]:
         """By replica and batch: seconds through all stages and links, and of the slowest of them."""
@@ -142,18 +185,18 @@ class Rates:
                 np.maximum(slowest, step, out=slowest)
         return through, slowest
 
-    def _decode(self, size: int, through: Numbers, slowest: Numbers, room: Numbers, waits: Numbers) -> list[Rate]:
-        """The best batch of each replica: in one micro-batch, or in as many as stages, one after the other.
+    def _interval(self, micro_batches: int, through: Numbers, slowest: Numbers) -> tuple[Numbers, Numbers]:
+        """By batch of each micro-batch: requests in flight, and for each replica the time of a token for them all."""
+        return micro_batches * self._batches, np.asarray(np.maximum(through, micro_batches * slowest))
 
-        ``waits``: seconds that each request keeps the replica from decoding.
+    def _best(self, choices: Sequence[tuple[Numbers, Numbers]], room: Numbers) -> list[Rate]:
+        """The best batch of each replica, of (requests in flight, seconds of a token for them all).
+
+        ``room``: of requests whose KV fits.
         """
         best = [NONE] * len(room)
         limit = self._cost.workload.tpot_s
-        for micro_batches in dict.fromkeys((1, size)):
-            in_flight = micro_batches * self._batches
-            # Time of a token for all in flight, and what their share of prefill adds to it.
-            interval = np.maximum(through, micro_batches * slowest)
-            interval = interval + waits[:, None] * (in_flight / self._decode_tokens)
+        for in_flight, interval in choices:
             allowed = in_flight <= room[:, None]
             if limit is not None:
                 allowed &= interval <= limit
@@ -196,6 +239,9 @@ class Rates:
         together = (together + extra[:, None, None]) / self._together * self._weights
         alone = layers[:, None] * tables.alone_layer_s + last[:, None] * tables.alone_head_s
         alone = (np.maximum(alone, launch[:, None] + host.request_s) + extra[:, None]) * self._weights
+        chunk = layers[:, None] * tables.chunk_layer_s + last[:, None] * tables.alone_head_s
+        chunk = (np.maximum(chunk, launch[:, None] + host.request_s) + extra[:, None]) * self._weights
+        full = layers[:, None] * tables.full_layer_s + last[:, None] * tables.full_head_s
         decode = layers[:, None] * tables.decode_layer_s + last[:, None] * tables.decode_head_s
         mixed_requests = self._batches + np.maximum(1.0, self._finished)
         mixed = layers[:, None] * tables.mixed_layer_s + last[:, None] * tables.mixed_head_s
@@ -203,6 +249,8 @@ class Rates:
             kv_tokens=(cost.usable_bytes(gpu) - weights) / (layers * llm.kv_bytes_per_token_layer / share),
             prefill_busy_s=together.sum(axis=2),
             prefill_alone_s=alone.sum(axis=1),
+            chunk_s=chunk.sum(axis=1),
+            full_s=np.maximum(full, launch[:, None] + host.request_s * self._full) + extra[:, None],
             decode_s=np.maximum(decode, launch[:, None] + host.request_s * self._batches),
             mixed_s=np.maximum(mixed, launch[:, None] + host.request_s * mixed_requests) + extra[:, None],
         )
@@ -217,6 +265,9 @@ class Rates:
                 kernels.head_s(self._together),
                 kernels.prefill_layer_s(self._prompts, 1),
                 kernels.head_s(1),
+                kernels.prefill_layer_s(self._chunks, 1),
+                kernels.prefill_layer_s(self._mean_chunk, self._full),
+                kernels.head_s(self._full),
                 kernels.decode_layer_s(self._batches, self._cost.workload.mean_context_tokens),
                 kernels.head_s(self._batches),
                 kernels.mixed_layer_s(
@@ -234,18 +285,21 @@ class Rates:
 
 class _Costs(NamedTuple):
     """What kinds of stages cost, one row each: tokens of KV they hold, seconds per prompt when busy (by budget) and
-    when alone, seconds per decode step, and per step that also takes prompts in (both by batch)."""
+    when alone; per step with one prompt, as much of it as a step takes, and with as many as fill it (by budget); per
+    decode step, and per step that also takes prompts in (both by batch)."""
 
     kv_tokens: Numbers
     prefill_busy_s: Numbers
     prefill_alone_s: Numbers
+    chunk_s: Numbers
+    full_s: Numbers
     decode_s: Numbers
     mixed_s: Numbers
 
     @staticmethod
     def empty(budgets: int, batches: int, rows: int = 0, value: float = 0.0) -> "_Costs":
         """``rows`` of one value."""
-        shapes = (rows,), (rows, budgets), (rows,), (rows, batches), (rows, batches)
+        shapes = (rows,), (rows, budgets), (rows,), (rows,), (rows, budgets), (rows, batches), (rows, batches)
         return _Costs(*(np.full(shape, value) for shape in shapes))
 
     def and_more(self, others: "_Costs") -> "_Costs":
@@ -260,6 +314,9 @@ class _Tables(NamedTuple):
     prefill_head_s: Numbers
     alone_layer_s: Numbers
     alone_head_s: Numbers
+    chunk_layer_s: Numbers
+    full_layer_s: Numbers
+    full_head_s: Numbers
     decode_layer_s: Numbers
     decode_head_s: Numbers
     mixed_layer_s: Numbers

@@ -1,0 +1,50 @@
+"""Bubbles that prompts leave in the pipeline of a replica that does both phases.
+
+A step with a prompt takes many times as long in each stage as a step of decode. Micro-batches that meet it on their way
+pile up behind it, follow it through all stages, and leave the stages behind them idle meanwhile (Sarathi-Serve,
+OSDI 2024, section 3.3; the same in mixed steps, whose prompts are as long). So where a *round* is one step of every
+micro-batch, prompts that come in during a round cost it their time in the slowest stage each, and once the time that
+the longest of their steps needs for the other stages.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from hexgen2.scheduler.kernels import Numbers
+
+# Beyond it nothing changes any more, and its exponential is still a number.
+_MOST_PER_ROUND = 700.0
+
+
+def round_s(
+    apart_s: Numbers, slowest_s: Numbers, prompts_s: Numbers, behind_s: Numbers, share: Numbers, num_stages: int
+) -> Numbers:
+    """Mean seconds of a round in a pipeline of ``num_stages`` with as many micro-batches.
+
+    ``apart_s``: without prompts; ``slowest_s``: of the slowest stage's step of decode; ``prompts_s``: of the round's
+    prompts in the slowest stage; ``behind_s``: of their longest step in the other stages; ``share``: rounds with any.
+    """
+    # Micro-batches are through with, or right behind, the prompts: all but one of each one's steps hide behind them.
+    with_prompts_s = np.maximum(num_stages * slowest_s, behind_s + apart_s / num_stages)
+    return np.asarray((1 - share) * apart_s + prompts_s + share * with_prompts_s)
+
+
+@lru_cache(maxsize=64)
+def trains(per_round: tuple[float, ...], most: float) -> tuple[Numbers, Numbers]:
+    """For each mean number of prompts per round, Poisson: the share of rounds with any, and in these how full the
+    longest step is, from 0 (one prompt) to 1 (``most`` prompts; more of them make more steps)."""
+    mean = np.minimum(np.array(per_round), _MOST_PER_ROUND)
+    share = -np.expm1(-mean)
+    if most <= 1:
+        return share, np.zeros_like(share)
+    # E[min(k, most)] = sum of P(k > j) over j < most, the last one in part.
+    chance = np.exp(-mean)
+    above, expected = 1 - chance, np.zeros_like(mean)
+    for number in range(int(np.ceil(most))):
+        expected += above * min(1.0, most - number)
+        chance = chance * mean / (number + 1)
+        above = np.maximum(0.0, above - chance)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        full = np.where(share > 0, (expected / share - 1) / (most - 1), 0.0)
+    return share, np.clip(full, 0.0, 1.0)
