@@ -113,15 +113,20 @@ def work(cell: Cell, effort: Effort) -> Outcome:
         source, told = lengths(cell.workload, effort)
         slo = reference(problem)
         count = enough(plan, problem, effort.offline)
-        if source is not None:
-            source = replace(source, arrivals=cycle(source.arrivals), count=count)
-        demand = Demand(source, offline=True, num_requests=count, seed=effort.seed)
+        demand = Demand(_over_and_over(source, count), offline=True, num_requests=count, seed=effort.seed)
         blueprint = prepare(plan, problem, demand, codec=cell.codec, mixes=cell.mixes)
         offline = make(blueprint, demand)
         offline.run()
         found = report(offline, cluster.price_per_hour)
         rate = LOAD * found.steady_rps
-        online_demand = replace(demand, offline=False, rate=rate, num_requests=effort.online, slo=slo)
+        online_demand = replace(
+            demand,
+            source=_over_and_over(source, effort.online),
+            offline=False,
+            rate=rate,
+            num_requests=effort.online,
+            slo=slo,
+        )
         online = make(prepare(plan, problem, online_demand, codec=cell.codec, mixes=cell.mixes), online_demand)
         online.run()
     except ConfigError as error:
@@ -179,6 +184,10 @@ def lengths(workload: str, effort: Effort) -> tuple[Source | None, str]:
     # Evenly spread over it: the trace's lengths change with the time of day.
     picked = [_arrival(rows[number * len(rows) // count]) for number in range(count)]
     return Source(picked, count, 0.0, max(row[1] for row in rows)), "trace"
+
+
+def _over_and_over(source: Source | None, count: int) -> Source | None:
+    return source and replace(source, arrivals=cycle(source.arrivals), count=count)
 
 
 def _arrival(row: Row) -> Arrival:

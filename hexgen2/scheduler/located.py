@@ -32,6 +32,8 @@ FEW_NODES, GAP = 50, 5e-4
 FIRST = 1 / 6
 #: A program that is solved again counts as so many nodes at least.
 LEAST_NODES = 50
+#: With more columns than this that a better plan could have, HiGHS takes minutes for its first node.
+MOST_COLUMNS = 3500
 #: With more columns than this layers are not matched: it takes too long.
 MOST_MATCHED = 1000
 #: This near to the bound, a plan needs no more proof.
@@ -86,6 +88,8 @@ def located_bound(
     while left > 0:
         slack = -float(relaxed.fun) * program.unit - known_rps
         kept = [column for column, loss in zip(columns, reduced, strict=True) if loss <= slack + 1e-6 * known_rps]
+        if len(kept) > MOST_COLUMNS:
+            break
         smaller = _Program(judge, kept, refuted, matched=matched and len(kept) <= MOST_MATCHED)
         found = smaller.whole(known_rps * (1 - TOLERANCE), ceiling_rps, node_limit)
         state = _state(judge, kept, found)

@@ -13,6 +13,7 @@ import numpy as np
 
 from hexgen2.scheduler import bubbles
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Numbers
+from hexgen2.scheduler.pools import RESERVED_BYTES, STEPS_HELD, staging_tokens
 from hexgen2.scheduler.stages import Stage, Stages
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Rates:
         self._chunks = np.minimum(self._prompts, limits.max_num_batched_tokens)
         self._mean_chunk = float(self._weights @ self._chunks)
         self._full = np.maximum(1.0, budgets[:, 0] / self._mean_chunk)
+        self._longest_prompt = max(point.prompt_tokens for point in work.lengths)
         self._longest = max(point.prompt_tokens + point.output_tokens for point in work.lengths)
         self._batches = batch_grid(limits.max_num_seqs)
         # Of one token only, an answer never reaches decode; kept above zero for workloads of only those.
@@ -113,13 +115,15 @@ class Rates:
         shared = [cost.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(each)] for each in budget]
         prefill = np.where(fits, 1.0 / np.maximum(busy.min(axis=1), hops.max(axis=1, initial=0.0)), 0.0)
         alone = _sum(costs.prefill_alone_s[at]) + _sum(hops)
-        room = np.where(fits, np.maximum(kv_tokens, 0.0) // work.mean_context_tokens, 0.0)
+        room = np.where(fits, kv_tokens, 0.0)[:, None]
         through, slowest = self._steps(costs.decode_s[at], latency, token_s, self._batches)
-        decode = self._best([self._interval(count, through, slowest) for count in dict.fromkeys((1, size))], room)
+        usual = costs.usual_tokens[at].min(axis=1)
+        intervals = [self._interval(count, through, slowest) for count in dict.fromkeys((1, size))]
+        decode = self._best([(*each, room - self._staging(*each, alone, usual)) for each in intervals])
         # A step is of one phase: those of decode wait for those of prefill, 1 / prefill per request.
         with np.errstate(divide="ignore", invalid="ignore"):
             rounds = self._rounds(at, latency, token_s, budget, through, slowest, 1.0 / prefill)
-            colocated = self._best([(size * self._batches, rounds)], room)
+            colocated = self._best([(size * self._batches, rounds, room)])
         if size == 1 and cost.engine.chunked_prefill:
             # In a pipeline mixed steps come and go like prompts of their own: see `bubbles`.
             chunked = self._chunked(at, latency, token_s, room)
@@ -135,7 +139,7 @@ class Rates:
         through, slowest = self._steps(self._stages.mixed_s[at], latency, token_s, tokens)
         never = tokens > self._cost.engine.max_num_batched_tokens
         through = np.where(never, np.inf, through)
-        return self._best([self._interval(1, through, slowest)], room)
+        return self._best([(*self._interval(1, through, slowest), room)])
 
     def _rounds(
         self,
@@ -189,15 +193,27 @@ class Rates:
         """By batch of each micro-batch: requests in flight, and for each replica the time of a token for them all."""
         return micro_batches * self._batches, np.asarray(np.maximum(through, micro_batches * slowest))
 
-    def _best(self, choices: Sequence[tuple[Numbers, Numbers]], room: Numbers) -> list[Rate]:
-        """The best batch of each replica, of (requests in flight, seconds of a token for them all).
+    def _staging(self, in_flight: Numbers, interval: Numbers, made_s: Numbers, usual: Numbers) -> Numbers:
+        """By replica and batch: tokens that staging takes beyond what is usual, and set aside already.
 
-        ``room``: of requests whose KV fits.
+        ``made_s``: of one prompt's KV; by whom is not known yet, so as long as this replica would need itself.
         """
-        best = [NONE] * len(room)
+        work = self._cost.workload
+        if not work.mean_decode_tokens:
+            return np.zeros_like(interval)  # Nothing is ever handed over.
+        with np.errstate(invalid="ignore"):
+            flow = in_flight / (self._decode_tokens * interval)
+            held = flow * (made_s[:, None] + STEPS_HELD * interval)
+        tokens = np.maximum(staging_tokens(work.mean_prompt_tokens, held), self._longest_prompt)
+        return np.asarray(np.maximum(0.0, tokens - usual[:, None]))
+
+    def _best(self, choices: Sequence[tuple[Numbers, Numbers, Numbers]]) -> list[Rate]:
+        """The best batch of each replica, of (requests in flight, seconds of a token for them all, tokens of KV that
+        fit)."""
+        best = [NONE] * len(choices[0][1])
         limit = self._cost.workload.tpot_s
-        for in_flight, interval in choices:
-            allowed = in_flight <= room[:, None]
+        for in_flight, interval, room in choices:
+            allowed = in_flight * self._cost.workload.mean_context_tokens <= room
             if limit is not None:
                 allowed &= interval <= limit
             rates = np.where(allowed, in_flight / (self._decode_tokens * interval), 0.0)
@@ -229,7 +245,7 @@ class Rates:
             return never._replace(kv_tokens=-never.kv_tokens)
         ends = np.minimum(first + last, 1.0) if llm.tie_word_embeddings else first + last
         weights = (layers * llm.layer_bytes + ends * llm.embedding_bytes) / size
-        share = min(size, llm.num_kv_heads)
+        token_bytes = layers * llm.kv_bytes_per_token_layer / min(size, llm.num_kv_heads)
         tables, host = self._table(kind), cost.engine.host(cost.gpus[gpu])
         launch = host.step_s + host.layer_s * layers
         extra = cost.engine.prefill_s * first
@@ -246,7 +262,8 @@ class Rates:
         mixed_requests = self._batches + np.maximum(1.0, self._finished)
         mixed = layers[:, None] * tables.mixed_layer_s + last[:, None] * tables.mixed_head_s
         return _Costs(
-            kv_tokens=(cost.usable_bytes(gpu) - weights) / (layers * llm.kv_bytes_per_token_layer / share),
+            kv_tokens=(cost.usable_bytes(gpu) - weights) / token_bytes,
+            usual_tokens=RESERVED_BYTES / token_bytes,
             prefill_busy_s=together.sum(axis=2),
             prefill_alone_s=alone.sum(axis=1),
             chunk_s=chunk.sum(axis=1),
@@ -284,11 +301,12 @@ class Rates:
 
 
 class _Costs(NamedTuple):
-    """What kinds of stages cost, one row each: tokens of KV they hold, seconds per prompt when busy (by budget) and
-    when alone; per step with one prompt, as much of it as a step takes, and with as many as fill it (by budget); per
-    decode step, and per step that also takes prompts in (both by batch)."""
+    """What kinds of stages cost, one row each: tokens of KV they hold, and that the usual hand-off memory does; seconds
+    per prompt when busy (by budget) and when alone; per step with one prompt, as much of it as a step takes, and with
+    as many as fill it (by budget); per decode step, and per step that also takes prompts in (both by batch)."""
 
     kv_tokens: Numbers
+    usual_tokens: Numbers
     prefill_busy_s: Numbers
     prefill_alone_s: Numbers
     chunk_s: Numbers
@@ -299,7 +317,7 @@ class _Costs(NamedTuple):
     @staticmethod
     def empty(budgets: int, batches: int, rows: int = 0, value: float = 0.0) -> "_Costs":
         """``rows`` of one value."""
-        shapes = (rows,), (rows, budgets), (rows,), (rows,), (rows, budgets), (rows, batches), (rows, batches)
+        shapes = (rows,), (rows,), (rows, budgets), (rows,), (rows,), (rows, budgets), (rows, batches), (rows, batches)
         return _Costs(*(np.full(shape, value) for shape in shapes))
 
     def and_more(self, others: "_Costs") -> "_Costs":

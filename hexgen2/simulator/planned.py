@@ -18,19 +18,13 @@ from hexgen2.plan import Route
 from hexgen2.scheduler.cost import Stages
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice, PlacedStage
 from hexgen2.scheduler.kv_network import KvNetwork, Replica, Wire
+from hexgen2.scheduler.pools import RESERVED_BYTES, STEPS_HELD, staging_tokens
 from hexgen2.scheduler.present import wire_name
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.blueprint import ReplicaSpec
 from hexgen2.simulator.engine import Limits
 from hexgen2.simulator.links import Path
 from hexgen2.simulator.step_times import PipelineTimes, Step
-
-#: The hand-off's memory that the cost model has set aside already, per GPU: ``KvConfig.send_bytes``.
-RESERVED_BYTES = 256 << 20
-#: Prompts that staging holds beyond what the planned flow keeps in it: arrivals come in bunches.
-SPARE_PROMPTS = 2
-#: Steps of decode that KV is held in staging for: the one under way, and its own.
-STEPS_HELD = 2
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,7 @@ class Planned:
         stages = self.stages(replica_id)
         mean = self.problem.workload.mean_prompt_tokens
         at_work = (2 * len(stages) - 1) * max(self.problem.cost.shared_tokens(stages), mean)
-        return self._pool(stages, 1.5 * at_work)
+        return self._pool(stages, 1.5 * at_work * (1 + CHUNK_TOKENS / mean))
 
     def _staging_tokens(self, replica_id: str) -> int:
         """What the planned flow keeps there, by Little's law, and room for a few prompts more.
@@ -200,15 +194,14 @@ class Planned:
             for route in self.placement.routes
             if route.decode == replica_id
         )
-        return self._pool(self.stages(replica_id), (SPARE_PROMPTS + held) * self.problem.workload.mean_prompt_tokens)
+        return self._pool(self.stages(replica_id), staging_tokens(self.problem.workload.mean_prompt_tokens, held))
 
     def _pool(self, stages: Stages, tokens: float) -> int:
         """Whole prompts, in pages; at least what is usual, and never more than half of KV memory."""
         if self.pool_tokens is not None:
             return self.pool_tokens
-        page = CHUNK_TOKENS / self.problem.workload.mean_prompt_tokens
         usual = CHUNK_TOKENS * RESERVED_BYTES / self._page_bytes(stages)
-        wanted = max(tokens * (1 + page), self.longest_prompt, usual)
+        wanted = max(tokens, self.longest_prompt, usual)
         return max(CHUNK_TOKENS, int(min(wanted, self.kv_tokens(stages, 0) / 2)))
 
     def _page_bytes(self, stages: Stages) -> float:

@@ -7,7 +7,8 @@ from hexgen2.devices import cpu_share
 from hexgen2.placement import EnginePlan, Placement, ReplicaPlan, TimesPlan
 from hexgen2.scheduler.cost_model import STAGING_BYTES
 from hexgen2.scheduler.groups import DECODE, PREFILL
-from hexgen2.simulator.planned import RESERVED_BYTES, Planned
+from hexgen2.scheduler.pools import RESERVED_BYTES
+from hexgen2.simulator.planned import Planned
 from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
 from hexgen2.simulator.step_times import Step
 
