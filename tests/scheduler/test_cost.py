@@ -290,3 +290,16 @@ def test_the_same_question_has_the_same_answer_from_another_model_object() -> No
     assert costs[0].prefill_rate(stages) == costs[1].prefill_rate(stages)
     assert costs[0].decode_rate(stages) == costs[1].decode_rate(stages)
     assert costs[0].prefill_latency_s(stages) == costs[1].prefill_latency_s(stages)
+
+
+def test_what_decode_is_handed_takes_its_place_in_memory() -> None:
+    # Long prompts and short answers: much KV arrives for what is in flight.
+    costs = model((4000, 20))
+    stages = replica("A100-SXM", 2)
+    rate, batch, _ = costs.decode_rate(stages)
+    room = costs.kv_tokens(stages)
+    assert 0 < batch * costs.workload.mean_context_tokens < 0.9 * room
+    held = rate * costs.prefill_latency_s(stages) * 4000
+    assert batch * costs.workload.mean_context_tokens + held <= room
+    # Colocated replicas are handed nothing.
+    assert costs.colocated_rate(stages).batch == int(room / costs.workload.mean_context_tokens)
