@@ -38,13 +38,13 @@ def trains(per_round: tuple[float, ...], most: float) -> tuple[Numbers, Numbers]
     share = -np.expm1(-mean)
     if most <= 1:
         return share, np.zeros_like(share)
-    # E[min(k, most)] = sum of P(k > j) over j < most, the last one in part.
+    # E[min(k, most)] - P(k > 0) = sum of P(k > j) over 0 < j < most, the last one in part.
     chance = np.exp(-mean)
-    above, expected = 1 - chance, np.zeros_like(mean)
-    for number in range(int(np.ceil(most))):
-        expected += above * min(1.0, most - number)
-        chance = chance * mean / (number + 1)
+    above, more = 1 - chance, np.zeros_like(mean)
+    for number in range(1, int(np.ceil(most))):
+        chance = chance * mean / number
         above = np.maximum(0.0, above - chance)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        full = np.where(share > 0, (expected / share - 1) / (most - 1), 0.0)
+        more += above * min(1.0, most - number)
+    with np.errstate(invalid="ignore"):
+        full = np.where(share > 0, more / (share * (most - 1)), 0.0)
     return share, np.clip(full, 0.0, 1.0)

@@ -23,7 +23,7 @@ from hexgen2.scheduler.cost_model import (
 )
 from hexgen2.scheduler.efficiency import engine
 from hexgen2.scheduler.kernels import blended_max
-from hexgen2.scheduler.rates import batch_grid
+from hexgen2.scheduler.stage_costs import batch_grid
 from hexgen2.workload import LengthClass, Workload
 from hexgen2.workload_file import find_workload
 
