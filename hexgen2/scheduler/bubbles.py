@@ -30,6 +30,19 @@ def round_s(
     return np.asarray((1 - share) * apart_s + prompts_s + share * with_prompts_s)
 
 
+def prompts_s(
+    mean: Numbers, share: Numbers, full: Numbers, most: Numbers, alone_s: Numbers, shared_s: Numbers
+) -> Numbers:
+    """Mean seconds in the slowest stage of the prompts that one micro-batch lets in at a time, ``mean`` of them.
+
+    ``share`` and ``full``: of ``trains``. A prompt by itself takes ``alone_s``; where ``most`` share a step, each takes
+    ``shared_s``; between, one more prompt of a step adds as much as another.
+    """
+    first_step = share * (1 + full * (most - 1))
+    one_more_s = np.maximum(0.0, most * shared_s - alone_s) / np.maximum(most - 1, 1.0)
+    return np.asarray(share * alone_s + (first_step - share) * one_more_s + (mean - first_step) * shared_s)
+
+
 @lru_cache(maxsize=64)
 def trains(per_round: tuple[float, ...], most: float) -> tuple[Numbers, Numbers]:
     """For each mean number of prompts per round, Poisson: the share of rounds with any, and in these how full the

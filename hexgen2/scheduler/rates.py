@@ -98,7 +98,7 @@ class Rates:
         decode = self._best([(*each, room - self._staging(*each, alone, usual)) for each in intervals])
         # A step is of one phase: those of decode wait for those of prefill, 1 / prefill per request.
         with np.errstate(divide="ignore", invalid="ignore"):
-            rounds = self._rounds(at, latency, token_s, budget, through, slowest, 1.0 / prefill)
+            rounds = self._rounds(at, latency, token_s, hops, budget, through, slowest, 1.0 / prefill)
             colocated = self._best([(size * self._grid.batches, rounds, room)])
         if size == 1 and cost.engine.chunked_prefill:
             # In a pipeline mixed steps come and go like prompts of their own: see `bubbles`.
@@ -122,30 +122,45 @@ class Rates:
         at: Any,
         latency: Numbers,
         token_s: Numbers,
+        hops: Numbers,
         budget: Any,
         through: Numbers,
         slowest: Numbers,
         prompt_s: Numbers,
     ) -> Numbers:
         """By replica and batch of each of as many micro-batches as stages: seconds of a step of all of them, with the
-        prompts that take the places of what they finish. ``prompt_s``: of a prompt in the slowest stage."""
+        prompts that take the places of what they finish. ``prompt_s``: of a prompt in the slowest stage, where as
+        many share a step as pays."""
         size = at.shape[1]
         _, apart = self._interval(size, through, slowest)
         per_round = size * self._grid.finished
-        prompts = per_round * prompt_s[:, None]
+        chunked = self._cost.engine.chunked_prefill
+        if chunked:
+            prompts = per_round * prompt_s[:, None]
+        else:
+            # Each micro-batch has its own: few prompts share a step, whatever many could.
+            share, full = self._trains(self._grid.finished)
+            alone = np.maximum(self._costs.found.prefill_alone_s[at].max(axis=1), hops.max(axis=1, initial=0.0))
+            mean, most = self._grid.finished, self._grid.full[budget][:, None]
+            prompts = size * bubbles.prompts_s(mean, share, full[budget], most, alone[:, None], prompt_s[:, None])
         if size == 1:
             return np.asarray(apart + prompts)
-        share, full = np.empty_like(self._grid.batches), np.empty((len(self._grid.full), len(self._grid.batches)))
-        for number, most in enumerate(self._grid.full):
-            share, full[number] = bubbles.trains(tuple(per_round), float(most))
+        share, full = self._trains(per_round)
         one = self._behind(self._costs.found.chunk_s[at], latency + self._grid.mean_chunk * token_s)
         tokens = self._grid.mean_chunk * self._grid.full[budget]
         many = self._behind(self._costs.found.full_s[at, budget[:, None]], latency + tokens[:, None] * token_s)
         behind = one[:, None] + full[budget] * (many - one)[:, None]
-        if self._cost.engine.chunked_prefill:
+        if chunked:
             # Steps that carry prompts decode as well: only the others wait for them.
             behind = behind / (1 + self._grid.chunk_tokens / self._cost.engine.max_num_batched_tokens)
         return bubbles.round_s(apart, slowest, prompts, behind, share, size)
+
+    def _trains(self, prompts: Numbers) -> tuple[Numbers, Numbers]:
+        """By batch: the share of turns with prompts, and how full their longest step is, by budget."""
+        share, full = np.empty_like(self._grid.batches), np.empty((len(self._grid.full), len(self._grid.batches)))
+        for number, most in enumerate(self._grid.full):
+            share, full[number] = bubbles.trains(tuple(prompts), float(most))
+        return share, full
 
     @staticmethod
     def _behind(stages: Numbers, hops: Numbers) -> Numbers:

@@ -144,7 +144,9 @@ def test_a_colocated_replica_serves_less_than_either_phase_alone(chunked: bool) 
     apart = 1 / (1 / costs.prefill_rate(replica()) + 1 / costs.decode_rate(replica()).rate)
     both = costs.colocated_rate(replica())
     assert both.rate < min(costs.prefill_rate(replica()), costs.decode_rate(replica()).rate)
-    assert both.rate == pytest.approx(apart, rel=0.1 if chunked else 1e-9)
+    # Alone, prefill has more prompts to share its steps.
+    assert both.rate == pytest.approx(apart, rel=0.1)
+    assert chunked or both.rate < apart
     assert both.tpot_s > costs.decode_rate(replica()).tpot_s
 
 
