@@ -7,14 +7,12 @@ micro-batch, prompts that come in during a round cost it their time in the slowe
 the longest of their steps needs for the other stages.
 """
 
-from functools import lru_cache
-
 import numpy as np
 
 from hexgen2.scheduler.kernels import Numbers
 
 # Beyond it nothing changes any more, and its exponential is still a number.
-_MOST_PER_ROUND = 700.0
+_MOST = 700.0
 
 
 def round_s(
@@ -39,15 +37,14 @@ def prompts_s(
     ``shared_s``; between, one more prompt of a step adds as much as another.
     """
     first_step = share * (1 + full * (most - 1))
-    one_more_s = np.maximum(0.0, most * shared_s - alone_s) / np.maximum(most - 1, 1.0)
+    one_more_s = np.maximum(0.0, most * shared_s - alone_s) / np.maximum(most - 1, 1e-9)
     return np.asarray(share * alone_s + (first_step - share) * one_more_s + (mean - first_step) * shared_s)
 
 
-@lru_cache(maxsize=64)
-def trains(per_round: tuple[float, ...], most: float) -> tuple[Numbers, Numbers]:
-    """For each mean number of prompts per round, Poisson: the share of rounds with any, and in these how full the
+def trains(mean: Numbers, most: float) -> tuple[Numbers, Numbers]:
+    """For each mean number of prompts in a turn, Poisson: the share of turns with any, and in these how full the
     longest step is, from 0 (one prompt) to 1 (``most`` prompts; more of them make more steps)."""
-    mean = np.minimum(np.array(per_round), _MOST_PER_ROUND)
+    mean = np.minimum(mean, _MOST)
     share = -np.expm1(-mean)
     if most <= 1:
         return share, np.zeros_like(share)

@@ -55,6 +55,7 @@ class Rates:
         self._costs = StageCosts(cost, self._grid)
         self._longest_prompt = max(point.prompt_tokens for point in cost.workload.lengths)
         self._longest = max(point.prompt_tokens + point.output_tokens for point in cost.workload.lengths)
+        self._trains_of: dict[int, tuple[Numbers, Numbers]] = {}
         self._found: dict[Stages, Figures] = {}
 
     def of(self, stages: Stages) -> Figures:
@@ -139,13 +140,13 @@ class Rates:
             prompts = per_round * prompt_s[:, None]
         else:
             # Each micro-batch has its own: few prompts share a step, whatever many could.
-            share, full = self._trains(self._grid.finished)
+            share, full = self._trains(1)
             alone = np.maximum(self._costs.found.prefill_alone_s[at].max(axis=1), hops.max(axis=1, initial=0.0))
             mean, most = self._grid.finished, self._grid.full[budget][:, None]
             prompts = size * bubbles.prompts_s(mean, share, full[budget], most, alone[:, None], prompt_s[:, None])
         if size == 1:
             return np.asarray(apart + prompts)
-        share, full = self._trains(per_round)
+        share, full = self._trains(size)
         one = self._behind(self._costs.found.chunk_s[at], latency + self._grid.mean_chunk * token_s)
         tokens = self._grid.mean_chunk * self._grid.full[budget]
         many = self._behind(self._costs.found.full_s[at, budget[:, None]], latency + tokens[:, None] * token_s)
@@ -155,12 +156,13 @@ class Rates:
             behind = behind / (1 + self._grid.chunk_tokens / self._cost.engine.max_num_batched_tokens)
         return bubbles.round_s(apart, slowest, prompts, behind, share, size)
 
-    def _trains(self, prompts: Numbers) -> tuple[Numbers, Numbers]:
-        """By batch: the share of turns with prompts, and how full their longest step is, by budget."""
-        share, full = np.empty_like(self._grid.batches), np.empty((len(self._grid.full), len(self._grid.batches)))
-        for number, most in enumerate(self._grid.full):
-            share, full[number] = bubbles.trains(tuple(prompts), float(most))
-        return share, full
+    def _trains(self, micro_batches: int) -> tuple[Numbers, Numbers]:
+        """By batch of each: the share of turns with prompts, and how full their longest step is, by budget."""
+        if micro_batches not in self._trains_of:
+            prompts = micro_batches * self._grid.finished
+            found = [bubbles.trains(prompts, float(most)) for most in self._grid.full]
+            self._trains_of[micro_batches] = found[0][0], np.array([full for _, full in found])
+        return self._trains_of[micro_batches]
 
     @staticmethod
     def _behind(stages: Numbers, hops: Numbers) -> Numbers:
