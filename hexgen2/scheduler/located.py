@@ -28,6 +28,8 @@ from hexgen2.scheduler.state import Group, Judge, State
 MOST_PARTS, MOST_LOOKED_AT = 2500, 10_000
 #: HiGHS ends its branch and bound by a count of nodes, never by the clock, or this near to its own bound.
 FEW_NODES, GAP = 50, 5e-4
+#: Of a larger program (rows times columns) fewer nodes are looked at: each takes longer.
+USUAL_SIZE = 250_000
 #: First this share of the nodes is spent on a good plan, which rules out many columns for the others.
 FIRST = 1 / 6
 #: A program that is solved again counts as so many nodes at least.
@@ -91,7 +93,8 @@ def located_bound(
         if len(kept) > MOST_COLUMNS:
             break
         smaller = _Program(judge, kept, refuted, matched=matched and len(kept) <= MOST_MATCHED)
-        found = smaller.whole(known_rps * (1 - TOLERANCE), ceiling_rps, node_limit)
+        scale = max(1.0, smaller.size / USUAL_SIZE)
+        found = smaller.whole(known_rps * (1 - TOLERANCE), ceiling_rps, max(1, int(node_limit / scale)))
         state = _state(judge, kept, found)
         if found.mip_dual_bound is not None:
             # Columns that were left out are in no plan better than the known one, nor is what was refuted.
@@ -111,7 +114,7 @@ def located_bound(
         if less and told_apart:
             refuted.append(state)
         matched = matched or less
-        left -= max(LEAST_NODES, int(found.mip_node_count or 0))
+        left -= max(LEAST_NODES, int(scale * (found.mip_node_count or 0)))
         node_limit = min(nodes, left)
     return ceiling_rps, best
 
@@ -294,6 +297,11 @@ class _Program:
                 self._add({n: -value for n, value in made_less_read.items()} | {enters + k: -1.0}, most=0.0)
             for first in (leaves, enters):
                 self._add({first + k: end - begin for k, (begin, end) in enumerate(parts)}, most=self._card(judge, m))
+
+    @property
+    def size(self) -> int:
+        """Rows times columns."""
+        return len(self._rows) * self._size
 
     def relaxed(self) -> Any:
         """HiGHS' answer with fractions of groups. Raises ValueError."""
