@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
+from random import Random
 from time import process_time
 from typing import Any
 
@@ -181,8 +182,9 @@ def lengths(workload: str, effort: Effort) -> tuple[Source | None, str]:
     wanted = CLASSES[workload]
     rows = [row for row in read_arrivals(path) if wanted is None or (row[1] > 512, row[2] > 128) == wanted]
     count = min(len(rows), max(effort.offline, effort.online))
-    # Evenly spread over it: the trace's lengths change with the time of day.
+    # Evenly spread over it, then in any order: the trace's lengths change with the time of day.
     picked = [_arrival(rows[number * len(rows) // count]) for number in range(count)]
+    Random(effort.seed).shuffle(picked)
     return Source(picked, count, 0.0, max(row[1] for row in rows)), "trace"
 
 

@@ -92,9 +92,10 @@ def report(simulation: Simulation, price_per_hour: float | None = None) -> Repor
     lost = outcome.num_arrived - outcome.num_finished
     attained = good * outcome.num_finished / max(1, outcome.num_finished + lost)
     tokens = outcome.output_tokens / seconds
-    # Until the last first token there was work for all; long answers need some time before they end as often as begin.
+    # Until shortly before the last first token there was work for all (not all prefill ends at the same time); long
+    # answers need some time before they end as often as begin.
     full = max(outcome.last_first_s - begin, 0.0)
-    steady = outcome.ended.rate(begin + 0.4 * full, begin + full)
+    steady = outcome.ended.rate(begin + 0.4 * full, begin + 0.9 * full)
     return Report(
         requests=outcome.num_arrived,
         finished=outcome.num_finished,
