@@ -57,3 +57,13 @@ class Workload(BaseModel):
         """E[o (s + o/2)] / E[o]: the context of a request met in decode, which long answers fill for longer."""
         total = sum(p.weight * p.output_tokens * (p.prompt_tokens + p.output_tokens / 2) for p in self.lengths)
         return total / self.mean_output_tokens
+
+    @cached_property
+    def longest_prompt_tokens(self) -> int:
+        """Of the table, as the next."""
+        return max(point.prompt_tokens for point in self.lengths)
+
+    @cached_property
+    def longest_tokens(self) -> int:
+        """Prompt and answer."""
+        return max(point.prompt_tokens + point.output_tokens for point in self.lengths)

@@ -53,7 +53,7 @@ class Row:
 def ways(setting: Setting, made: Problem) -> dict[str, Placement]:
     """The plan, and the guesses."""
     found = solve(made, evaluations=EVALUATIONS)
-    longest = max(point.prompt_tokens for point in made.workload.lengths)
+    longest = made.workload.longest_prompt_tokens
     return {PLAN: completed(Planned(found, made, longest)), **guesses(setting, made)}
 
 

@@ -144,7 +144,7 @@ def make_plan(
         taken = {stage.machine for replica in found.replicas for stage in replica.stages}
         taken |= {idle.machine for idle in found.idle}
         problem = replace(problem, cluster=only(problem.cluster, taken))
-    longest = max(point.prompt_tokens for point in problem.workload.lengths)
+    longest = problem.workload.longest_prompt_tokens
     found = completed(Planned(found, problem, longest))
     written = []
     if output is not None:

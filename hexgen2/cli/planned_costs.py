@@ -22,7 +22,7 @@ def write_costs(config: FleetConfig, placement: Placement, run_dir: Path) -> Map
         llms.find(placement.model),
         find_workload(config.workload or placement.workload),
     )
-    longest = max(point.prompt_tokens for point in problem.workload.lengths)
+    longest = problem.workload.longest_prompt_tokens
     plan = planned(placement, problem, longest, where=lambda place: f"{config.plan}: {'.'.join(map(str, place))}: ")
     files = {}
     for replica in placement.replicas:

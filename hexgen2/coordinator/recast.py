@@ -42,7 +42,7 @@ def recast(base: Placement, problem: Problem, roles: Roles, *, evaluations: int,
     ``base`` says where each replica stands. ``flip_cost`` is what one changed role must gain, as a share of the flow.
     """
     there = base.model_copy(update={"replicas": tuple(each for each in base.replicas if each.id in roles)})
-    longest = max(point.prompt_tokens for point in problem.workload.lengths)
+    longest = problem.workload.longest_prompt_tokens
     search = _Search(Planned(there, problem, longest), roles, flip_cost)
     found = search.climb(evaluations)
     placement = _placement(there, problem, found, search)

@@ -55,6 +55,4 @@ def trains(mean: Numbers, most: float) -> tuple[Numbers, Numbers]:
         chance = chance * mean / number
         above = np.maximum(0.0, above - chance)
         more += above * min(1.0, most - number)
-    with np.errstate(invalid="ignore"):
-        full = np.where(share > 0, more / (share * (most - 1)), 0.0)
-    return share, np.clip(full, 0.0, 1.0)
+    return share, np.clip(more / (share * (most - 1)), 0.0, 1.0)

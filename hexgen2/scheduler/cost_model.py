@@ -50,7 +50,6 @@ class CostModel:
         self.kv_bytes_per_token = llm.kv_bytes_per_token
         #: KV that a mean prompt carries from prefill to decode.
         self.kv_bytes_per_request = llm.kv_bytes_per_token * workload.mean_prompt_tokens
-        self._longest = max(point.prompt_tokens + point.output_tokens for point in workload.lengths)
         self._kernels: dict[tuple[str, int, float, float], Kernels] = {}
         self._rates = Rates(self)
 
@@ -121,7 +120,7 @@ class CostModel:
 
     def fits(self, stages: Stages) -> bool:
         """Whether weights and the longest request of the workload fit."""
-        return self.kv_tokens(stages) >= self._longest
+        return self.kv_tokens(stages) >= self.workload.longest_tokens
 
     def max_batch(self, stages: Stages) -> int:
         """Requests of mean context whose KV fits at once; 0 when the model does not fit."""

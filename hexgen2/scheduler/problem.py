@@ -144,7 +144,7 @@ class Problem:
             return
         fabric, cost = self.fabric, self.cost
         usable = sum(cost.usable_bytes(fabric.kinds[pool.kind].gpu) * pool.count for pool in fabric.pools)
-        longest = max(point.prompt_tokens + point.output_tokens for point in self.workload.lengths)
+        longest = self.workload.longest_tokens
         needed = self.llm.weight_bytes + longest * cost.kv_bytes_per_token
         if usable < needed:
             raise ConfigError(

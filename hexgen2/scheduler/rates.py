@@ -53,8 +53,6 @@ class Rates:
         self._cost = cost
         self._grid = Grid(cost)
         self._costs = StageCosts(cost, self._grid)
-        self._longest_prompt = max(point.prompt_tokens for point in cost.workload.lengths)
-        self._longest = max(point.prompt_tokens + point.output_tokens for point in cost.workload.lengths)
         self._trains_of: dict[int, tuple[Numbers, Numbers]] = {}
         self._found: dict[Stages, Figures] = {}
 
@@ -86,7 +84,7 @@ class Rates:
         token_s = cost.llm.hidden_size * ACTIVATION_BYTES / bandwidth if size > 1 else bandwidth
         hops = latency + work.mean_prompt_tokens * token_s
         kv_tokens = costs.kv_tokens[at].min(axis=1)
-        fits = kv_tokens >= self._longest
+        fits = kv_tokens >= work.longest_tokens
         busy = costs.prefill_busy_s[at].max(axis=1)
         budget = busy.argmin(axis=1)
         shared = [cost.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(each)] for each in budget]
@@ -103,20 +101,19 @@ class Rates:
             colocated = self._best([(size * self._grid.batches, rounds, room)])
         if size == 1 and cost.engine.chunked_prefill:
             # In a pipeline mixed steps come and go like prompts of their own: see `bubbles`.
-            chunked = self._chunked(at, latency, token_s, room)
+            chunked = self._chunked(at[:, 0], room)
             colocated = [one if one.rate > 0 else other for one, other in zip(chunked, colocated, strict=True)]
         return [
             Figures(float(kv_tokens[i]), float(prefill[i]), shared[i], float(alone[i]), decode[i], colocated[i])
             for i in range(len(rows))
         ]
 
-    def _chunked(self, at: Any, latency: Numbers, token_s: Numbers, room: Numbers) -> list[Rate]:
-        """Rates where each step decodes and takes as large a chunk of prompts as keeps up with what it decodes."""
+    def _chunked(self, at: Any, room: Numbers) -> list[Rate]:
+        """Rates in one stage where each step decodes and takes as large a chunk of prompts as keeps up with that."""
         tokens = self._grid.batches + self._grid.chunk_tokens
-        through, slowest = self._steps(self._costs.found.mixed_s[at], latency, token_s, tokens)
         never = tokens > self._cost.engine.max_num_batched_tokens
-        through = np.where(never, np.inf, through)
-        return self._best([(*self._interval(1, through, slowest), room)])
+        step_s = np.where(never, np.inf, self._costs.found.mixed_s[at])
+        return self._best([(self._grid.batches, step_s, room)])
 
     def _rounds(
         self,
@@ -197,7 +194,7 @@ class Rates:
         with np.errstate(invalid="ignore"):
             flow = in_flight / (self._grid.decode_tokens * interval)
             held = flow * (made_s[:, None] + STEPS_HELD * interval)
-        tokens = np.maximum(staging_tokens(work.mean_prompt_tokens, held), self._longest_prompt)
+        tokens = np.maximum(staging_tokens(work.mean_prompt_tokens, held), work.longest_prompt_tokens)
         return np.asarray(np.maximum(0.0, tokens - usual[:, None]))
 
     def _best(self, choices: Sequence[tuple[Numbers, Numbers, Numbers]]) -> list[Rate]:

@@ -125,10 +125,13 @@ class StageCosts:
         together = layers[:, None, None] * tables.prefill_layer_s + last[:, None, None] * tables.prefill_head_s
         together = np.maximum(together, launch[:, None, None] + host.request_s * grid.together)
         together = (together + extra[:, None, None]) / grid.together * grid.weights
-        alone = layers[:, None] * tables.alone_layer_s + last[:, None] * tables.alone_head_s
-        alone = (np.maximum(alone, launch[:, None] + host.request_s) + extra[:, None]) * grid.weights
-        chunk = layers[:, None] * tables.chunk_layer_s + last[:, None] * tables.alone_head_s
-        chunk = (np.maximum(chunk, launch[:, None] + host.request_s) + extra[:, None]) * grid.weights
+
+        def alone_s(layer_s: Numbers) -> Numbers:
+            """Of a step with one prompt, which takes so long in a layer: the mean over the lengths."""
+            steps = layers[:, None] * layer_s + last[:, None] * tables.alone_head_s
+            steps = np.maximum(steps, launch[:, None] + host.request_s) + extra[:, None]
+            return np.asarray((steps * grid.weights).sum(axis=1))
+
         full = layers[:, None] * tables.full_layer_s + last[:, None] * tables.full_head_s
         decode = layers[:, None] * tables.decode_layer_s + last[:, None] * tables.decode_head_s
         mixed_requests = grid.batches + np.maximum(1.0, grid.finished)
@@ -137,8 +140,8 @@ class StageCosts:
             kv_tokens=(cost.usable_bytes(gpu) - weights) / token_bytes,
             usual_tokens=RESERVED_BYTES / token_bytes,
             prefill_busy_s=together.sum(axis=2),
-            prefill_alone_s=alone.sum(axis=1),
-            chunk_s=chunk.sum(axis=1),
+            prefill_alone_s=alone_s(tables.alone_layer_s),
+            chunk_s=alone_s(tables.chunk_layer_s),
             full_s=np.maximum(full, launch[:, None] + host.request_s * grid.full) + extra[:, None],
             decode_s=np.maximum(decode, launch[:, None] + host.request_s * grid.batches),
             mixed_s=np.maximum(mixed, launch[:, None] + host.request_s * mixed_requests) + extra[:, None],

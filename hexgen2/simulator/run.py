@@ -99,7 +99,7 @@ def prepare(
     mixes: bool | None = None,
 ) -> Planned:
     """The blueprint that a demand needs. ``mixes``: chunked prefill, whatever the engine has. Raises ConfigError."""
-    longest = max(point.prompt_tokens for point in problem.workload.lengths)
+    longest = problem.workload.longest_prompt_tokens
     if demand.source is not None:
         longest = demand.source.longest_prompt
     chunked = problem.cost.engine.chunked_prefill if mixes is None else mixes

@@ -69,7 +69,7 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
         sequences = min(sequences, 2 * replica.batch)
     if any(cpu_share(stage.gpu) is not None for stage in stages):
         # Memory of a machine that others use as well: no more than its requests can fill.
-        longest = max(point.prompt_tokens + point.output_tokens for point in problem.workload.lengths)
+        longest = problem.workload.longest_tokens
         least = min(least, float(sequences * longest))
     if least < 1:
         return None

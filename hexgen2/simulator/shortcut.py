@@ -15,7 +15,7 @@ SHORTEST = 16
 def colocate_max_prompt_tokens(planned: Planned) -> int:
     """The longest length up to which all are answered sooner by decode alone, over the plan's flow; 0: none."""
     workload, cost = planned.problem.workload, planned.problem.cost
-    longest = max(point.prompt_tokens for point in workload.lengths)
+    longest = workload.longest_prompt_tokens
     batches = {replica.id: max(1, replica.batch or 1) for replica in planned.placement.replicas}
     stages = {end: planned.stages(end) for route in planned.placement.routes for end in (route.prefill, route.decode)}
     # Replicas of large clusters are alike: few kinds of stages, each asked for once.

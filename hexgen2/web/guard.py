@@ -102,13 +102,12 @@ class Guard:
         if timer := self._waiting.pop(client, None):
             timer.cancel()
 
-    def unread(self, client: Client, transport: asyncio.Transport) -> None:
+    def unread(self, client: Client) -> None:
         """It did not take all at once: from now on it must take something within each ``unread_timeout_s``."""
-        num_bytes = transport.get_write_buffer_size()
+        assert client.transport is not None  # It speaks HTTP.
+        num_bytes = client.transport.get_write_buffer_size()
         loop = asyncio.get_running_loop()
-        self._unread[client] = loop.call_later(
-            self._limits.unread_timeout_s, self._check_unread, client, transport, num_bytes
-        )
+        self._unread[client] = loop.call_later(self._limits.unread_timeout_s, self._check_unread, client, num_bytes)
 
     def read(self, client: Client) -> None:
         """It has taken all. Idempotent."""
@@ -121,9 +120,10 @@ class Guard:
         self.served(client)
         self.read(client)
 
-    def _check_unread(self, client: Client, transport: asyncio.Transport, num_bytes: int) -> None:
-        if transport.get_write_buffer_size() < num_bytes:
-            self.unread(client, transport)
+    def _check_unread(self, client: Client, num_bytes: int) -> None:
+        assert client.transport is not None
+        if client.transport.get_write_buffer_size() < num_bytes:
+            self.unread(client)
         else:
             self._close(client, "unread")
 
@@ -142,7 +142,7 @@ class GuardedProtocol(_Protocol):  # type: ignore[misc]
     def connection_made(self, transport: asyncio.Transport) -> None:
         """See asyncio."""
         super().connection_made(transport)
-        self._transport, self._client = transport, self.guard.opened(transport)
+        self._client = self.guard.opened(transport)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
@@ -155,7 +155,7 @@ class GuardedProtocol(_Protocol):  # type: ignore[misc]
     def pause_writing(self) -> None:
         """See asyncio."""
         super().pause_writing()
-        self.guard.unread(self._client, self._transport)
+        self.guard.unread(self._client)
 
     def resume_writing(self) -> None:
         """See asyncio."""

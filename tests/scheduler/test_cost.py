@@ -150,6 +150,13 @@ def test_a_colocated_replica_serves_less_than_either_phase_alone(chunked: bool) 
     assert both.tpot_s > costs.decode_rate(replica()).tpot_s
 
 
+def test_prompts_that_share_no_step_take_a_colocated_replica_their_time_each() -> None:
+    # 1,500 tokens: two of them are more than the largest step.
+    costs = model((1500, 200))
+    apart = 1 / (1 / costs.prefill_rate(replica()) + 1 / costs.decode_rate(replica()).rate)
+    assert costs.colocated_rate(replica()).rate == pytest.approx(apart, rel=1e-9)
+
+
 def test_replicas_have_the_same_figures_alone_and_among_others() -> None:
     rows = [replica(tp=tp, pp=pp) for tp in (2, 4, 8) for pp in (1, 2, 4)] + [replica("L40", 8), replica("L40", 1, 3)]
     together = model().figures(rows)

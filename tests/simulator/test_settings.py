@@ -20,7 +20,7 @@ def problem(model: str = "llama-2-13b") -> Problem:
 
 def planned(plan: Placement, model: str = "llama-2-13b") -> Planned:
     made = problem(model)
-    return Planned(plan, made, max(point.prompt_tokens for point in made.workload.lengths))
+    return Planned(plan, made, made.workload.longest_prompt_tokens)
 
 
 @pytest.mark.parametrize("size", [1, 2])

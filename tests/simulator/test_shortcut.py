@@ -15,7 +15,7 @@ from tests.placements import placement, planned_replica, stage
 
 def limit(plan: Placement) -> int:
     problem = Problem(find_cluster(plan.cluster), llm.find(plan.model), find_workload(plan.workload))
-    longest = max(point.prompt_tokens for point in problem.workload.lengths)
+    longest = problem.workload.longest_prompt_tokens
     return colocate_max_prompt_tokens(planned(plan, problem, longest))
 
 
