@@ -5,9 +5,16 @@ Why before: gRPC binds ``localhost`` on whichever address family is still free a
 
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
+from random import SystemRandom
 
 from hexgen2.errors import ConfigError
+
+#: Below those that systems give to whoever asks for any (Linux: 32768 and up): such a one could go to somebody else
+#: between when it was found free and when its server binds it.
+_PORTS = range(20_000, 32_000)
 
 
 def parse_address(address: str, *, what: str = "address") -> tuple[str, int]:
@@ -44,6 +51,27 @@ def is_loopback(host: str) -> bool:
 def port_in_use(listen: str) -> ConfigError:
     """What to tell somebody whose port is taken."""
     return ConfigError(f"{listen} is in use: stop the process that listens there, or choose another port")
+
+
+@contextmanager
+def held_port(host: str) -> Iterator[int]:
+    """A free port of this host, held to the end of the block, for a server that binds it soon after.
+
+    Raises:
+        ConfigError: none is found.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in SystemRandom().sample(_PORTS, 100):
+        with socket.socket(family) as probe:
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise ConfigError(f"{format_address(host, port)}: {error.strerror}") from None
+            yield port
+            return
+    raise ConfigError(f"{host} has no free port from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def check_free(listen: str, *, what: str = "listen") -> None:

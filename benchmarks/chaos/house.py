@@ -5,7 +5,6 @@ and where the machine allows it each worker behind a link of its own that can be
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -18,6 +17,7 @@ import grpc
 import httpx
 import yaml
 
+from hexgen2.address import held_port
 from hexgen2.bench.netns import Link, Namespace
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.config import Config, CoordinatorConfig, EngineConfig, GatewayConfig, KvConfig, WorkerConfig
@@ -258,6 +258,4 @@ async def running(config: HouseConfig) -> AsyncIterator[House]:
 
 def _free(host: str, held: ExitStack) -> str:
     """A free port of this host, held until all are chosen."""
-    probe = held.enter_context(socket.socket())
-    probe.bind((host, 0))
-    return f"{host}:{probe.getsockname()[1]}"
+    return f"{host}:{held.enter_context(held_port(host))}"

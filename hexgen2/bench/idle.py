@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import socket
 import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from time import monotonic
 import msgspec
 import yaml
 
+from hexgen2.address import held_port
 from hexgen2.cli.process import ServiceProcess, died
 from hexgen2.errors import ConfigError
 
@@ -34,7 +34,8 @@ async def measure_idle(transport: str, seconds: float) -> list[IdleRow]:
     Raises:
         ConfigError: a process does not start.
     """
-    coordinator = f"127.0.0.1:{_free_port()}"
+    with held_port("127.0.0.1") as port:
+        coordinator = f"127.0.0.1:{port}"
     worker = {
         "coordinator": coordinator,
         "engine": {"kind": "emulated"},
@@ -71,8 +72,3 @@ def _cpu_s(pid: int) -> float:
     """User and system time of all threads of a process."""
     fields = Path("/proc", str(pid), "stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

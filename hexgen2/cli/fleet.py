@@ -7,7 +7,6 @@
 """
 
 import asyncio
-import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
@@ -17,7 +16,7 @@ from types import TracebackType
 import grpc
 import yaml
 
-from hexgen2.address import check_free, format_address, parse_address
+from hexgen2.address import check_free, format_address, held_port, parse_address
 from hexgen2.cli.client import Access
 from hexgen2.cli.cpu_quota import quota
 from hexgen2.cli.fleet_config import FleetConfig
@@ -257,7 +256,4 @@ def _page_port(listen: str, coordinator: str, held: ExitStack) -> str:
 def _any_port(listen: str, held: ExitStack) -> str:
     """The same host with a free port, held until all are chosen."""
     host, _ = parse_address(listen)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    probe = held.enter_context(socket.socket(family))
-    probe.bind((host, 0))
-    return format_address(host, probe.getsockname()[1])
+    return format_address(host, held.enter_context(held_port(host)))

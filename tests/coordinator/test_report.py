@@ -17,6 +17,7 @@ import grpc
 import pytest
 import structlog
 
+from hexgen2.address import held_port
 from hexgen2.coordinator.assignment import Assignment
 from hexgen2.coordinator.state import FleetState
 from hexgen2.errors import Unavailable
@@ -54,9 +55,8 @@ async def true(condition: Callable[[], bool], within_s: float = 20) -> None:
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    with held_port("127.0.0.1") as port:
+        return f"127.0.0.1:{port}"
 
 
 async def test_a_watcher_is_ready_once_a_route_is() -> None:
