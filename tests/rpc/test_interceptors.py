@@ -51,13 +51,17 @@ async def test_a_call_is_a_span_of_the_callers_trace(spans: InMemorySpanExporter
     assert span.status.status_code is StatusCode.UNSET
 
 
-async def test_an_error_is_on_its_span(spans: InMemorySpanExporter, service: Any, stub: Any) -> None:
+async def test_an_error_is_on_its_span(
+    spans: InMemorySpanExporter, service: Any, stub: Any, server: GrpcServer
+) -> None:
     async def unary(context: Any) -> coordinator_pb2.GetPlanResponse:
         raise ModelNotFound("no model 'x' here")
 
     service.unary = unary
     with pytest.raises(grpc.aio.AioRpcError):
         await stub.GetPlan(REQUEST)
+    # The caller is told of an error while its span is still open.
+    await server.stop(5)
     (span,) = server_spans(spans)
     assert span.attributes is not None
     assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, "no model 'x' here")
