@@ -33,7 +33,7 @@ async def test_a_full_queue_is_left_for_another(folder: Path) -> None:
 
 
 async def test_the_deadline_ends_every_call(folder: Path) -> None:
-    async with house(folder, request_timeout_s=0.5) as made:
+    async with house(folder, request_timeout_s=2.0) as made:
         status, body = await ask(made)
         assert status == 504
         assert body["error"]["type"] == "timeout_error"
@@ -42,7 +42,7 @@ async def test_the_deadline_ends_every_call(folder: Path) -> None:
 
 
 async def test_the_deadline_within_a_stream_is_an_error_event(folder: Path) -> None:
-    async with house(folder, request_timeout_s=1.0) as made:
+    async with house(folder, request_timeout_s=2.0) as made:
         made.answers("ok")
         made.decodes[0].script = rest(made.ids("k"), hold=True)
         text, done, error = await ask_stream(made)

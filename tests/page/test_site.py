@@ -15,7 +15,7 @@ from hexgen2.web.guard import Limits
 from tests.eventually import eventually
 from tests.page.fleets import EVIL, evil, fleet
 
-LIMITS = Limits(max_connections=4, head_timeout_s=0.3, unread_timeout_s=0.3)
+LIMITS = Limits(max_connections=4, head_timeout_s=1.0, unread_timeout_s=1.0)
 
 
 def closed(reason: str) -> float:

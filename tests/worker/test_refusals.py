@@ -173,7 +173,7 @@ async def test_wrong_and_used_up_tokens_and_ids() -> None:
 
         async def fetched(request: prefill_pb2.FetchKvRequest) -> tuple[grpc.StatusCode, str]:
             with capture_logs() as logs:
-                code, details = await status_of(stub.FetchKv(request, timeout=1.0))
+                code, details = await status_of(stub.FetchKv(request, timeout=DEADLINE_S))
             assert refusals(logs) == [details]
             return code, details
 
