@@ -59,7 +59,11 @@ class VllmEngineConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV; auto is float32 on CPU and the model's own on GPU"
     )
-    max_model_len: int | None = Field(None, ge=8, description="prompt and answer together, in tokens")
+    max_model_len: int | None = Field(
+        None,
+        ge=8,
+        description="prompt and answer together, in tokens; default: the model's own, or what KV memory holds",
+    )
     max_num_seqs: int = Field(32, ge=1)
     max_num_batched_tokens: int | None = Field(
         None, ge=16, description="tokens per step; 256 on CPU, vLLM's own on GPU"

@@ -48,6 +48,8 @@ class Replica:
     tensor_parallel_size: int = 0
     stage_layers: tuple[int, ...] = ()
     device: str = ""
+    #: Of a prompt whose KV fits its memory for hand-overs; 0: not told.
+    max_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,9 @@ mix:
   - {lengths: HPHD, share: 0.7}
   - {prompt_tokens: 200, output_tokens: 400, share: 0.3}
 
+# Longest prompt that must be taken, in tokens: memory is kept for its KV. Without it: the longest of the above.
+# max_prompt_tokens: 16000
+
 # Requests per second that come; without it the plan serves as many as it can.
 # rate: 3.0
 

@@ -25,6 +25,10 @@ class Workload(BaseModel):
 
     name: str = "workload"
     lengths: tuple[LengthClass, ...] = Field(min_length=1)
+    max_prompt_tokens: int = Field(
+        0, ge=0, description="prompts that must be taken, where longer than those of the table"
+    )
+    max_total_tokens: int = Field(0, ge=0, description="likewise, prompt and answer")
     rate: float | None = Field(None, gt=0, description="requests per second that are asked; None: as many as possible")
     ttft_s: float | None = Field(None, gt=0, description="limit of the time to first token")
     tpot_s: float | None = Field(None, gt=0, description="limit of the time per output token after the first")
@@ -36,6 +40,15 @@ class Workload(BaseModel):
             scaled = tuple(point.model_copy(update={"weight": point.weight / total}) for point in self.lengths)
             object.__setattr__(self, "lengths", scaled)
         return self
+
+    def within(self, max_model_len: int) -> "Workload":
+        """What a model of such a context can be asked: who asks for more is refused."""
+        longest = min(self.max_prompt_tokens, max_model_len - 1), min(self.max_total_tokens, max_model_len)
+        if longest == (self.max_prompt_tokens, self.max_total_tokens):
+            return self
+        # Built, not copied: what is remembered would be copied, too.
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return Workload(**given | {"max_prompt_tokens": longest[0], "max_total_tokens": longest[1]})
 
     @cached_property
     def mean_prompt_tokens(self) -> float:
@@ -60,10 +73,10 @@ class Workload(BaseModel):
 
     @cached_property
     def longest_prompt_tokens(self) -> int:
-        """Of the table, as the next."""
-        return max(point.prompt_tokens for point in self.lengths)
+        """That must be taken, as the next."""
+        return max(self.max_prompt_tokens, *(point.prompt_tokens for point in self.lengths))
 
     @cached_property
     def longest_tokens(self) -> int:
         """Prompt and answer."""
-        return max(point.prompt_tokens + point.output_tokens for point in self.lengths)
+        return max(self.max_total_tokens, *(point.prompt_tokens + point.output_tokens for point in self.lengths))

@@ -59,6 +59,10 @@ class WorkloadSpec(Source):
     name: str = ""
     about: str = Field("", description="a note for readers")
     mix: tuple[Share, ...] | None = Field(None, description="classes and their shares")
+    max_prompt_tokens: Tokens | None = Field(
+        None, description="longest prompt that must be taken; default: that of the trace, or of the lengths"
+    )
+    max_total_tokens: Tokens | None = Field(None, description="likewise, prompt and answer")
     rate: Positive | None = Field(None, description="requests per second; default: as many as the plan can serve")
     slo: Slo = Slo()
 
@@ -92,7 +96,8 @@ def find_workload(name_or_path: str | Path) -> Workload:
     if path.suffix in {".yaml", ".yml"}:
         return load_workload(path)
     if path.exists() and not path.is_dir():
-        return Workload(name=path.name, lengths=summarise(read_trace(path)))
+        lengths, longest = _of_trace(path)
+        return Workload(name=path.name, lengths=lengths, max_prompt_tokens=longest[0], max_total_tokens=longest[1])
     return builtin(str(name_or_path))
 
 
@@ -110,36 +115,54 @@ def load_workload(path: Path) -> Workload:
 def resolve(spec: WorkloadSpec, folder: Path, where: Callable[[Place], str]) -> Workload:
     """Names and files to numbers. Traces are relative to ``folder``. Raises ConfigError."""
     if spec.mix is None:
-        lengths = _lengths(spec, (), folder, where)
+        lengths, longest = _lengths(spec, (), folder, where)
     else:
         total = sum(part.share for part in spec.mix)
+        parts = [_lengths(part, ("mix", number), folder, where) for number, part in enumerate(spec.mix)]
         lengths = tuple(
-            point.model_copy(update={"weight": point.weight * part.share / total})
-            for number, part in enumerate(spec.mix)
-            for point in _lengths(part, ("mix", number), folder, where)
+            point.model_copy(update={"weight": point.weight * share.share / total})
+            for share, (points, _) in zip(spec.mix, parts, strict=True)
+            for point in points
         )
+        longest = max(prompt for _, (prompt, _) in parts), max(total for _, (_, total) in parts)
     default_name = spec.lengths or (spec.trace.name if spec.trace else "workload")
+    max_prompt_tokens = spec.max_prompt_tokens or longest[0]
     return Workload(
         name=spec.name or default_name,
         lengths=lengths,
+        max_prompt_tokens=max_prompt_tokens,
+        # A prompt that is taken has room for one token at least.
+        max_total_tokens=max(spec.max_total_tokens or longest[1], max_prompt_tokens and max_prompt_tokens + 1),
         rate=spec.rate,
         ttft_s=spec.slo.ttft_s,
         tpot_s=spec.slo.tpot_s,
     )
 
 
-def _lengths(source: Source, place: Place, folder: Path, where: Callable[[Place], str]) -> tuple[LengthClass, ...]:
+#: A table, and the longest prompt and the longest request (prompt and answer) where the table's own are shorter.
+_Lengths = tuple[tuple[LengthClass, ...], tuple[int, int]]
+
+
+def _lengths(source: Source, place: Place, folder: Path, where: Callable[[Place], str]) -> _Lengths:
     if source.lengths is not None:
-        return _builtin_lengths(_known(source.lengths, where((*place, "lengths"))))
+        return _builtin_lengths(_known(source.lengths, where((*place, "lengths")))), (0, 0)
     if source.trace is not None:
         path = folder / source.trace
         if not path.is_file():
             raise ConfigError(f"{where((*place, 'trace'))}no file {path}")
-        return summarise(read_trace(path))
+        return _of_trace(path)
     for field in ("prompt_tokens", "output_tokens"):
         if getattr(source, field) is None:
             raise ConfigError(f"{where((*place, field))}missing")
-    return (LengthClass(prompt_tokens=source.prompt_tokens or 0, output_tokens=source.output_tokens or 0, weight=1.0),)
+    only = LengthClass(prompt_tokens=source.prompt_tokens or 0, output_tokens=source.output_tokens or 0, weight=1.0)
+    return (only,), (0, 0)
+
+
+def _of_trace(path: Path) -> _Lengths:
+    # Points of the table are means: the longest request of a trace is none of them, and must be taken all the same.
+    requests = read_trace(path)
+    longest = max(each.prompt_tokens for each in requests), max(sum(each) for each in requests)
+    return summarise(requests), longest
 
 
 def _known(name: str, begins: str) -> str:

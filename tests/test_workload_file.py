@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hexgen2 import catalog
 from hexgen2.errors import ConfigError
 from hexgen2.request_trace import Request, read_trace, summarise
+from hexgen2.workload import Workload
 from hexgen2.workload_file import find_workload, load_workload
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -87,6 +88,38 @@ def test_a_mix_weighs_its_parts_by_their_shares(tmp_path: Path) -> None:
     work = load_workload(write(tmp_path, "mix: [{lengths: HPLD, share: 3}, {lengths: LPHD, share: 1}]"))
     parts = [find_workload(name).mean_prompt_tokens for name in ("HPLD", "LPHD")]
     assert work.mean_prompt_tokens == pytest.approx(0.75 * parts[0] + 0.25 * parts[1])
+
+
+def test_the_longest_request_of_a_trace_must_be_taken(tmp_path: Path) -> None:
+    rows = "\n".join(f"{100 + n},{10}" for n in range(1000))
+    trace = tmp_path / "t.csv"
+    trace.write_text(f"prompt_tokens,output_tokens\n{rows}\n5000,5\n40,6000\n")
+    table = Workload(lengths=find_workload(trace).lengths)
+    assert table.longest_prompt_tokens < table.longest_tokens < 2000, "a table has means alone"
+    mix = "mix: [{trace: t.csv, share: 1}, {prompt_tokens: 3, output_tokens: 7000, share: 1}]"
+    for text, prompt, total in (
+        ("trace: t.csv", 5000, 6040),
+        ("trace: t.csv\nmax_prompt_tokens: 3000", 3000, 6040),
+        ("trace: t.csv\nmax_prompt_tokens: 9000\n", 9000, 9001),
+        (
+            "trace: t.csv\nmax_prompt_tokens: 10\nmax_total_tokens: 20",
+            table.longest_prompt_tokens,
+            table.longest_tokens,
+        ),
+        (mix, 5000, 7003),
+        ("lengths: HPLD", 6530, 6589),
+    ):
+        work = load_workload(write(tmp_path, text))
+        assert (work.longest_prompt_tokens, work.longest_tokens) == (prompt, total), text
+    assert find_workload(trace).longest_tokens == 6040
+
+
+def test_nothing_longer_is_asked_of_a_model_than_it_takes() -> None:
+    work = Workload(lengths=find_workload("lphd").lengths, max_prompt_tokens=3000, max_total_tokens=9000, rate=2.0)
+    assert work.longest_tokens == 9000
+    within = work.within(2048)
+    assert (within.longest_prompt_tokens, within.longest_tokens, within.rate) == (2047, 2048, 2.0)
+    assert work.within(9000) is work
 
 
 @pytest.mark.parametrize(

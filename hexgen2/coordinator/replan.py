@@ -100,6 +100,8 @@ def workload_now(plan: InForce, seen: Situation) -> Workload:
     return Workload(
         name="observed" if lengths else plan.workload.name,
         lengths=lengths or plan.workload.lengths,
+        max_prompt_tokens=plan.workload.max_prompt_tokens,
+        max_total_tokens=plan.workload.max_total_tokens,
         rate=seen.rps if seen.rps > 0 else plan.workload.rate,
         ttft_s=plan.workload.ttft_s,
         tpot_s=plan.workload.tpot_s,

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import ValidationError
 
 from hexgen2.batching import Limits
@@ -31,6 +32,9 @@ STOP_TIMEOUT_S = 5.0
 ABANDON_AGAIN_S = 1.0
 #: Told where vLLM chooses by itself; nothing depends on it.
 MAX_NUM_BATCHED_TOKENS = 8192
+
+log = structlog.get_logger(__name__)
+
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -76,6 +80,12 @@ class VllmEngine:
             await self._abandon(starting, others)
             raise
         self.max_model_len = self._llm.model_config.max_model_len
+        if self._config.max_model_len is None and self.max_model_len < self.model.max_position_embeddings:
+            log.warning(
+                "context_is_what_kv_memory_holds",
+                max_model_len=self.max_model_len,
+                of=self.model.max_position_embeddings,
+            )
 
     async def _abandon(self, starting: asyncio.Future[Any], others: Set[BaseProcess]) -> None:
         """End a start that is under way, which hears of nothing and may wait half an hour for other machines: end its

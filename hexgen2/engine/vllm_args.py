@@ -46,7 +46,8 @@ def engine_args(
         # Prefill never needs the tokenizer; decode does for answers bound to a JSON schema, if there is one.
         "skip_tokenizer_init": role == "prefill" or not (config.model / "tokenizer.json").exists(),
         "dtype": served_dtype(config, cpu),
-        "max_model_len": config.max_model_len,
+        # -1: the model's own, or what KV memory holds of it.
+        "max_model_len": config.max_model_len or -1,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "tensor_parallel_size": config.tensor_parallel_size,

@@ -23,7 +23,7 @@ from hexgen2.gateway.measure import Ended, Measures
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
 from hexgen2.observed import Counter, Slo
-from hexgen2.plan import GatewayLoad, ReplicaState, RouteLoad
+from hexgen2.plan import GatewayLoad, ReplicaState, Role, RouteLoad
 from hexgen2.routing import RouteKey
 from hexgen2.security.tls import TlsFiles
 from hexgen2.text.tokenizer import TextModel
@@ -75,13 +75,21 @@ class Gateway:
     def limits(self) -> ModelLimits:
         """What the model allows. Unavailable while neither configuration nor a plan says how long a context may be."""
         # A replica that still starts does not know its own.
-        lengths = [each.max_model_len for each in self._plans.plan.replicas if each.max_model_len]
+        replicas = self._plans.plan.replicas
+        lengths = [each.max_model_len for each in replicas if each.max_model_len]
         if self.config.max_model_len is not None:
             lengths.append(self.config.max_model_len)
         if not lengths:
             raise Unavailable("no replica is ready yet; try again shortly")
+        handed = [
+            each.max_prompt_tokens for each in replicas if each.max_prompt_tokens and each.role is not Role.COLOCATED
+        ]
         return ModelLimits(
-            min(lengths), self.text.vocab_size, self.text.eos_token_ids, dict(self.text.sampling_defaults)
+            min(lengths),
+            self.text.vocab_size,
+            self.text.eos_token_ids,
+            dict(self.text.sampling_defaults),
+            max_prompt_tokens=min(handed, default=0),
         )
 
     async def encode(self, text: str, field: str) -> tuple[int, ...]:

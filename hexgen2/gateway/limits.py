@@ -40,12 +40,15 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the served model brings. ``max_model_len`` bounds prompt and answer together."""
+    """What the served model brings. ``max_model_len`` bounds prompt and answer together, ``max_prompt_tokens`` what is
+    handed over; 0: nothing does.
+    """
 
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     sampling_defaults: Mapping[str, float]
+    max_prompt_tokens: int = 0
 
 
 def check_prompt(token_ids: tuple[int, ...], model: ModelLimits, field: str) -> None:
@@ -57,6 +60,12 @@ def check_prompt(token_ids: tuple[int, ...], model: ModelLimits, field: str) -> 
             field,
             f"has {len(token_ids)} tokens; the limit is {model.max_model_len - 1}, "
             f"one less than the context of {model.max_model_len} tokens that prompt and answer share",
+        )
+    if 0 < model.max_prompt_tokens < len(token_ids):
+        raise InvalidRequest(
+            field,
+            f"has {len(token_ids)} tokens; the limit is {model.max_prompt_tokens}, "
+            "which is what the replicas' memory for KV hand-overs holds of one prompt",
         )
     bad = next((i for i in token_ids if not 0 <= i < model.vocab_size), None)
     if bad is not None:

@@ -82,6 +82,7 @@ def replica_to_proto(replica: Replica) -> pb.Replica:
         tensor_parallel_size=replica.tensor_parallel_size,
         stage_layers=replica.stage_layers,
         device=replica.device,
+        max_prompt_tokens=replica.max_prompt_tokens,
     )
 
 
@@ -102,6 +103,7 @@ def replica_from_proto(message: pb.Replica, field: str = "replica") -> Replica:
         tensor_parallel_size=message.tensor_parallel_size,
         stage_layers=tuple(message.stage_layers),
         device=message.device,
+        max_prompt_tokens=message.max_prompt_tokens,
     )
 
 

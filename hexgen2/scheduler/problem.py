@@ -39,6 +39,9 @@ class Problem:
     codecs: tuple[str, ...] = (NONE,)
     engine: Engine = field(default_factory=engine)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "workload", self.workload.within(self.llm.max_position_embeddings))
+
     @cached_property
     def fabric(self) -> Fabric:
         """The cluster as pools."""

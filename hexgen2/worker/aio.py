@@ -9,6 +9,7 @@ from typing import TypeVar
 from hexgen2 import metrics
 from hexgen2.errors import DeadlineExceeded, StaleEpoch, Unavailable
 from hexgen2.kv.pool import Grant, PagePool
+from hexgen2.kv.wire import CHUNK_TOKENS
 
 T = TypeVar("T")
 
@@ -102,6 +103,11 @@ class PageQueue:
     def bytes_total(self) -> int:
         """Of the whole pool, over all ranks."""
         return self._pool.num_pages * self._page_bytes
+
+    @property
+    def max_tokens(self) -> int:
+        """Of one prompt: all pages."""
+        return self._pool.num_pages * CHUNK_TOKENS
 
     @property
     def num_waiting(self) -> int:

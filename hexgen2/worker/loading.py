@@ -57,6 +57,11 @@ class Pools:
         return sum(queue.num_waiting for queue in self._queues.values())
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """Of a prompt that fits each of them."""
+        return min(queue.max_tokens for queue in self._queues.values())
+
+    @property
     def bytes_total(self) -> int:
         """Of all."""
         return sum(queue.bytes_total for queue in self._queues.values())

@@ -107,6 +107,7 @@ async def run_worker(
                 model=engine.model.name,
                 model_sha256=engine.model.sha256,
                 max_model_len=engine.max_model_len,
+                max_prompt_tokens=pools.max_prompt_tokens,
                 transport=hello.transport_detail,
                 **shape,
             )

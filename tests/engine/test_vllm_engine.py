@@ -33,8 +33,9 @@ def prompt(num_tokens: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> VllmEngineConfig:
-    model = make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-    return VllmEngineConfig(model=model, max_model_len=1280, kv_cache_bytes=64 << 20)
+    # A longer context than KV memory holds: 2 KiB a token.
+    model = make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=1 << 16)
+    return VllmEngineConfig(model=model, kv_cache_bytes=16 << 20)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -68,6 +69,19 @@ async def test_concurrent_hand_overs_answer_as_one_engine(fleet: Pair) -> None:
     assert [a.decode_cached for a in got] == [len(p) for p in prompts]
     shape = fleet.prefill_engine.model.kv_shape
     assert [a.kv.num_bytes for a in got if a.kv] == [shape.bytes_per_token * len(p) for p in prompts]
+    await assert_idle(fleet)
+
+
+async def test_a_context_is_what_kv_memory_holds_of_it(fleet: Pair) -> None:
+    limit = fleet.prefill_engine.max_model_len
+    assert fleet.decode_engine.max_model_len == limit
+    assert 7 * 1024 < limit <= 8 * 1024
+    longest = prompt(limit - 2)
+    answer = await fleet.hand_over(longest, replace(GREEDY, max_tokens=2))
+    assert answer.token_ids == (await fleet.colocated(longest, replace(GREEDY, max_tokens=2))).token_ids
+    assert len(answer.token_ids) == 2
+    with pytest.raises(InvalidRequest, match=f"at most {limit - 1} leave room"):
+        await exhaust(fleet.decode_engine.generate(EngineRequest("x", (3,) * limit, GREEDY)))
     await assert_idle(fleet)
 
 
@@ -128,7 +142,7 @@ async def test_an_answer_is_held_to_a_json_schema(fleet: Pair) -> None:
     ("bad", "field"),
     [
         (EngineRequest("x", (), GREEDY), "prompt_token_ids"),
-        (EngineRequest("x", (3,) * 1280, GREEDY), "prompt_token_ids"),
+        (EngineRequest("x", (3,) * 8192, GREEDY), "prompt_token_ids"),
         (EngineRequest("x", (3, 259), GREEDY), "prompt_token_ids"),
         (EngineRequest("x", (-1,), GREEDY), "prompt_token_ids"),
         (EngineRequest("x", (3,), replace(GREEDY, top_p=0.0)), "sampling.top_p"),

@@ -59,7 +59,7 @@ async def test_a_full_send_buffer_a_decode_killed_on_the_way_and_what_is_told_of
             assert int(refused.headers["retry-after"]) >= 1
             too_large = await http.post("/v1/completions", json={"prompt": [*PROMPT, *PROMPT], "max_tokens": 4})
             assert too_large.status_code == 400
-            assert "pages of send" in too_large.json()["error"]["message"]
+            assert "has 2048 tokens; the limit is 1280" in too_large.json()["error"]["message"]
 
         fleet.fleet[lost].send(signal.SIGKILL)
         answer = await asked

@@ -1,6 +1,7 @@
 """The same life over gRPC."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import grpc
 import pytest
 
 from hexgen2.errors import Overloaded, Unavailable
+from hexgen2.plan import Role
 from hexgen2.v1 import gateway_pb2 as pb
 from hexgen2.v1 import types_pb2
 from tests.gateway.house import LENGTH, STOP, House, fails, first_token, house, rest
@@ -89,6 +91,20 @@ async def test_bad_values_are_refused_by_name(folder: Path, fields: dict[str, An
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert (error.details() or "").startswith(f"{named}: ")
         assert made.prefills[0].calls == []
+
+
+async def test_a_prompt_that_no_hand_over_has_memory_for_is_refused(folder: Path) -> None:
+    async with house(folder) as made:
+        made.answers("ok")
+        told = [replace(each, max_prompt_tokens=n) for each, n in zip(made.plans.plan.replicas, (40, 30), strict=True)]
+        # Who hands nothing over limits nobody.
+        whole = replace(told[0], replica_id="whole", role=Role.COLOCATED, max_prompt_tokens=5)
+        made.plans.plan = replace(made.plans.plan, replicas=(*told, whole))
+        error = await refused(made, prompt="x" * 31)
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (error.details() or "").startswith("prompt: has 31 tokens; the limit is 30, which is what")
+        assert made.prefills[0].calls == []
+        await ask(made, prompt="x" * 30)
 
 
 async def test_statuses_of_failures(folder: Path) -> None:
