@@ -128,8 +128,8 @@ class KvConfig(Config):
     stall_s: float = Field(
         10.0, gt=0, description="a route that carried no byte for so long, though asked, is given up"
     )
-    send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker")
-    staging_bytes: int = Field(256 * MIB, ge=1, description="staging of a decode worker")
+    send_bytes: int = Field(256 * MIB, ge=1, description="send buffer of a prefill worker; bounds the longest prompt")
+    staging_bytes: int = Field(256 * MIB, ge=1, description="staging of a decode worker; bounds the longest prompt")
     landing_bytes: int = Field(64 * MIB, ge=1, description="registered memory that reads land in")
     max_queued: int = Field(256, ge=0, description="requests that may wait for memory; one more is refused with 503")
 

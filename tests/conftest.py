@@ -18,16 +18,26 @@ settings.load_profile("untimed")
 #: them starves another.
 _PROCESSES = (
     *("tests/chaos/", "tests/fleet/"),
-    *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns", "/test_vllm"),
+    *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns"),
 )
+#: Engines alone: whichever worker has nothing else left.
+_ENGINES = ("tests/engine/test_vllm", "tests/gateway/test_vllm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, and in the end what fills any gap."""
+    items.sort(key=lambda item: any(part in item.nodeid for part in _ENGINES) - _of_processes(item.nodeid))
+
+
+def _of_processes(nodeid: str) -> bool:
+    return any(part in nodeid.split("::", 1)[0] for part in _PROCESSES)
 
 
 class _Scheduling(LoadScopeScheduling):
     """A file is run by one of ``pytest -n``'s workers, and all that start processes by the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::", 1)[0]
-        return "processes" if any(part in file for part in _PROCESSES) else file
+        return "processes" if _of_processes(nodeid) else nodeid.split("::", 1)[0]
 
 
 @pytest.hookimpl(optionalhook=True)
