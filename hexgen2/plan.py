@@ -48,8 +48,9 @@ class Replica:
     tensor_parallel_size: int = 0
     stage_layers: tuple[int, ...] = ()
     device: str = ""
-    #: Of a prompt whose KV fits its memory for hand-overs; 0: not told.
-    max_prompt_tokens: int = 0
+    #: Of one prompt whose KV its send buffer and its staging hold; 0: it has none.
+    send_tokens: int = 0
+    staging_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ is the choice of roles with the largest flow, and its routes; a role that change
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from math import inf
 
 from hexgen2.placement import Placement, ReplicaPlan
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL
@@ -57,6 +58,9 @@ class _Search:
         self.planned = planned
         self.evaluations = 0
         self._present = roles
+        self._engines = {each.id: each.engine for each in planned.placement.replicas}
+        # No role is changed at the price of prompts that are taken now; those that are not are refused either way.
+        self._longest = min([planned.longest_prompt, *(self._pool(name, role) for name, role in roles.items())])
         self._flip_cost = flip_cost
         self._nodes: dict[tuple[str, str], Replica] = {}
         self._flows: dict[tuple[str, ...], float] = {}
@@ -93,15 +97,25 @@ class _Search:
         return tuple(name for name, role in roles.items() if self.node(name, role).rps > 0)
 
     def node(self, name: str, role: str) -> Replica:
-        """A replica in a role; its rate is 0 where the prompt alone takes longer than is allowed."""
+        """A replica in a role; its rate is 0 where its memory is too small for the prompts that are taken now, or the
+        prompt alone takes longer than is allowed."""
         if (name, role) not in self._nodes:
             node = self.planned.node(name, role)
             cost = self.planned.problem.cost
             limit = cost.workload.ttft_s
-            if role != DECODE and limit and cost.prefill_latency_s(self.planned.stages(name)) > limit:
+            if self._pool(name, role) < self._longest or (
+                role != DECODE and limit and cost.prefill_latency_s(self.planned.stages(name)) > limit
+            ):
                 node = Replica(node.role, 0.0, node.spans, node.gpus, node.hops, node.codec_s)
             self._nodes[name, role] = node
         return self._nodes[name, role]
+
+    def _pool(self, name: str, role: str) -> float:
+        """Tokens of the pool that the role needs: its size was settled when the replica was started."""
+        engine = self._engines[name]
+        if engine is None or role == COLOCATED:
+            return inf
+        return engine.send_tokens if role == PREFILL else engine.staging_tokens
 
     def _value(self, roles: Roles) -> float:
         flips = sum(role != self._present[name] for name, role in roles.items())

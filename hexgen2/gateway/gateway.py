@@ -18,7 +18,7 @@ from hexgen2.gateway.answer import Answer
 from hexgen2.gateway.dispatch import Dispatch, PlanSource
 from hexgen2.gateway.job import Job, Piece, Summary, Usage
 from hexgen2.gateway.keys import Keys
-from hexgen2.gateway.limits import ModelLimits
+from hexgen2.gateway.limits import ModelLimits, max_prompt_tokens
 from hexgen2.gateway.measure import Ended, Measures
 from hexgen2.gateway.peers import Peers
 from hexgen2.gateway.runner import follow
@@ -74,22 +74,20 @@ class Gateway:
 
     def limits(self) -> ModelLimits:
         """What the model allows. Unavailable while neither configuration nor a plan says how long a context may be."""
-        # A replica that still starts does not know its own.
-        replicas = self._plans.plan.replicas
-        lengths = [each.max_model_len for each in replicas if each.max_model_len]
+        # A replica that still starts does not know its own. Prefill's matter while there is no other.
+        replicas = [each for each in self._plans.plan.replicas if each.max_model_len]
+        whole = [each.max_model_len for each in replicas if each.role is not Role.PREFILL]
+        lengths = whole or [each.max_model_len for each in replicas]
         if self.config.max_model_len is not None:
             lengths.append(self.config.max_model_len)
         if not lengths:
             raise Unavailable("no replica is ready yet; try again shortly")
-        handed = [
-            each.max_prompt_tokens for each in replicas if each.max_prompt_tokens and each.role is not Role.COLOCATED
-        ]
         return ModelLimits(
             min(lengths),
             self.text.vocab_size,
             self.text.eos_token_ids,
             dict(self.text.sampling_defaults),
-            max_prompt_tokens=min(handed, default=0),
+            max_prompt_tokens=min(filter(None, map(max_prompt_tokens, replicas)), default=0),
         )
 
     async def encode(self, text: str, field: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from hexgen2.engine.base import Sampling
 from hexgen2.errors import InvalidRequest
+from hexgen2.plan import Replica, Role
 from hexgen2.rpc.convert import DEFAULT_MAX_TOKENS, check_sampling
 
 MAX_TEMPERATURE = 2.0
@@ -40,8 +41,8 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the served model brings. ``max_model_len`` bounds prompt and answer together, ``max_prompt_tokens`` what is
-    handed over; 0: nothing does.
+    """What the served model brings. ``max_model_len`` bounds prompt and answer together, ``max_prompt_tokens`` a prompt
+    that may be handed over; 0: nothing else does.
     """
 
     max_model_len: int
@@ -49,6 +50,16 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     sampling_defaults: Mapping[str, float]
     max_prompt_tokens: int = 0
+
+
+def max_prompt_tokens(replica: Replica) -> int:
+    """Of a prompt that this replica can hand over, or take; 0: any."""
+    if replica.role is Role.COLOCATED:
+        return 0
+    if replica.role is Role.DECODE:
+        return replica.staging_tokens
+    # It makes the first token of the answer, and no more of it.
+    return min(replica.max_model_len - 1, replica.send_tokens or replica.max_model_len)
 
 
 def check_prompt(token_ids: tuple[int, ...], model: ModelLimits, field: str) -> None:
@@ -65,7 +76,7 @@ def check_prompt(token_ids: tuple[int, ...], model: ModelLimits, field: str) -> 
         raise InvalidRequest(
             field,
             f"has {len(token_ids)} tokens; the limit is {model.max_prompt_tokens}, "
-            "which is what the replicas' memory for KV hand-overs holds of one prompt",
+            "which is what the replicas' memory for KV holds of one that is handed over",
         )
     bad = next((i for i in token_ids if not 0 <= i < model.vocab_size), None)
     if bad is not None:

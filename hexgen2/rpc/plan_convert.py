@@ -82,7 +82,8 @@ def replica_to_proto(replica: Replica) -> pb.Replica:
         tensor_parallel_size=replica.tensor_parallel_size,
         stage_layers=replica.stage_layers,
         device=replica.device,
-        max_prompt_tokens=replica.max_prompt_tokens,
+        send_tokens=replica.send_tokens,
+        staging_tokens=replica.staging_tokens,
     )
 
 
@@ -103,7 +104,8 @@ def replica_from_proto(message: pb.Replica, field: str = "replica") -> Replica:
         tensor_parallel_size=message.tensor_parallel_size,
         stage_layers=tuple(message.stage_layers),
         device=message.device,
-        max_prompt_tokens=message.max_prompt_tokens,
+        send_tokens=message.send_tokens,
+        staging_tokens=message.staging_tokens,
     )
 
 

@@ -40,8 +40,6 @@ class Candidates:
     prefill: tuple[Candidate, ...]
     decode: tuple[Candidate, ...]
     colocated: tuple[Candidate, ...]
-    #: The strategy with the least latency, which is the literal rule of the paper for prefill.
-    quickest: Candidate | None
 
     @property
     def rates(self) -> tuple[float, float, float]:
@@ -99,19 +97,21 @@ class Strategies:
         return sum(room) >= self._cost.llm.weight_bytes
 
     def _rank(self, candidates: Sequence[Candidate]) -> Candidates:
-        able = [each for each in candidates if each.prefill_rps > 0]  # to hold the model
+        # To hold the model and the longest request; prefill and decode need a prompt's room in pools as well.
+        able = [each for each in candidates if max(each.prefill_rps, each.decode_rps, each.colocated_rps) > 0]
         quickest = min(able, key=lambda each: (each.latency_s, each.shapes), default=None)
         limit = self._cost.workload.ttft_s or (LATENCY_SLACK * quickest.latency_s if quickest else 0.0)
         in_time = [each for each in able if each.latency_s <= limit]
         return Candidates(
-            tuple(sorted(in_time, key=lambda each: (-each.prefill_rps, each.latency_s, each.shapes))),
+            tuple(
+                sorted((c for c in in_time if c.prefill_rps > 0), key=lambda c: (-c.prefill_rps, c.latency_s, c.shapes))
+            ),
             tuple(sorted((c for c in able if c.decode_rps > 0), key=lambda c: (-c.decode_rps, c.tpot_s, c.shapes))),
             tuple(
                 sorted(
                     (c for c in in_time if c.colocated_rps > 0), key=lambda c: (-c.colocated_rps, c.tpot_s, c.shapes)
                 )
             ),
-            quickest,
         )
 
     def _shapes(self, composition: Composition) -> Iterator[tuple[Shape, ...]]:

@@ -150,6 +150,17 @@ class Planned:
             least = min(least, (room - max(0.0, pool_tokens * per_token - RESERVED_BYTES)) / per_token)
         return least
 
+    def pool_room(self, stages: Stages, kept_tokens: int) -> int:
+        """Tokens that pools may hold where ``kept_tokens`` of KV are kept beside them and the weights."""
+        cost, llm = self.problem.cost, self.problem.llm
+        found = float("inf")
+        for number, stage in enumerate(stages):
+            share = min(stage.tensor_parallel_size, llm.num_kv_heads)
+            per_token = stage.num_layers * llm.kv_bytes_per_token_layer / share
+            room = cost.usable_bytes(stage.gpu) - cost.weight_bytes_per_gpu(stages, number)
+            found = min(found, (room + RESERVED_BYTES) / per_token)
+        return int(found) - kept_tokens
+
     def pool_tokens_of(self, replica_id: str, role: str) -> int:
         """Of the send buffer (prefill) or staging (decode)."""
         return self._send_tokens(replica_id) if role == PREFILL else self._staging_tokens(replica_id)
@@ -197,12 +208,14 @@ class Planned:
         return self._pool(self.stages(replica_id), staging_tokens(self.problem.workload.mean_prompt_tokens, held))
 
     def _pool(self, stages: Stages, tokens: float) -> int:
-        """Whole prompts, in pages; at least what is usual, and never more than half of KV memory."""
+        """Whole prompts, in pages; at least what is usual, and more than half of KV memory for one prompt alone."""
         if self.pool_tokens is not None:
             return self.pool_tokens
         usual = CHUNK_TOKENS * RESERVED_BYTES / self._page_bytes(stages)
-        wanted = max(tokens, self.longest_prompt, usual)
-        return max(CHUNK_TOKENS, int(min(wanted, self.kv_tokens(stages, 0) / 2)))
+        most = self.kv_tokens(stages, 0) / 2
+        if self.pool_room(stages, self.longest_prompt + CHUNK_TOKENS) >= self.longest_prompt:
+            most = max(most, self.longest_prompt)
+        return max(CHUNK_TOKENS, int(min(max(tokens, self.longest_prompt, usual), most)))
 
     def _page_bytes(self, stages: Stages) -> float:
         """Of the GPU that holds most of a page."""

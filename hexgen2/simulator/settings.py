@@ -4,9 +4,10 @@ Both follow from the blueprint, so that engines run with the memory and the step
 """
 
 from hexgen2.devices import cpu_share
+from hexgen2.kv.wire import CHUNK_TOKENS
 from hexgen2.placement import EnginePlan, Placement, ReplicaPlan, TimesPlan
 from hexgen2.scheduler.cost_model import STAGING_BYTES
-from hexgen2.scheduler.groups import DECODE, PREFILL
+from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL
 from hexgen2.scheduler.pools import RESERVED_BYTES
 from hexgen2.simulator.planned import Planned
 from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
@@ -47,7 +48,8 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
     """Settings of a replica; None when no memory is left for KV, which only a plan by hand can be.
 
     Workers can change their role, so each has a send buffer and staging: that of its role as the plan needs it, the
-    other of the usual size, or for one longest prompt where KV memory is scarce.
+    other of the usual size, or for one longest prompt where KV memory is scarce, or for less where else the engine
+    could not hold the longest request.
     """
     problem, stages = planned.problem, planned.stages(replica.id)
     llm = problem.llm
@@ -57,11 +59,7 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
         for stage in stages
     ]
     spare = min(RESERVED_BYTES / max(per_tokens), planned.kv_tokens(stages, 0) / SPARE_PART)
-    other = max(planned.longest_prompt, int(spare))
-    send, staging = (
-        max(other, planned.pool_tokens_of(replica.id, role)) if replica.role == role else other
-        for role in (PREFILL, DECODE)
-    )
+    send, staging = _pools(planned, replica, max(planned.longest_prompt, int(spare)))
     least = planned.kv_tokens(stages, send + staging)
     sequences = limits.max_num_seqs * (limits.num_lanes if replica.role != PREFILL else 1)
     if replica.batch is not None:
@@ -82,6 +80,21 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
         slo_ttft_s=problem.workload.ttft_s,
         slo_tpot_s=problem.workload.tpot_s,
     )
+
+
+def _pools(planned: Planned, replica: ReplicaPlan, usual: int) -> tuple[int, int]:
+    """Tokens of the send buffer and of staging."""
+    # Prefill's engine holds the prompt and no more of the answer than its first token.
+    longest = planned.longest_prompt if replica.role == PREFILL else planned.problem.workload.longest_tokens
+    room = planned.pool_room(planned.stages(replica.id), longest + CHUNK_TOKENS)
+    if replica.role == COLOCATED:
+        each = max(CHUNK_TOKENS, min(usual, room // 2))
+        return each, each
+    own = planned.pool_tokens_of(replica.id, replica.role)
+    if max(usual, own) + usual <= room:
+        own = max(usual, own)
+    other = max(CHUNK_TOKENS, min(usual, room - own))
+    return (own, other) if replica.role == PREFILL else (other, own)
 
 
 def times_plan(planned: Planned, replica: ReplicaPlan) -> TimesPlan:

@@ -323,7 +323,8 @@ class Replica(_message.Message):
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     STAGE_LAYERS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
-    MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SEND_TOKENS_FIELD_NUMBER: _builtins.int
+    STAGING_TOKENS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     role: Global___Role.ValueType
     address: _builtins.str
@@ -344,8 +345,9 @@ class Replica(_message.Message):
     tensor_parallel_size: _builtins.int
     """Of its engine: GPUs of a stage, layers of each stage, what its device is called. Empty: not told (emulated)."""
     device: _builtins.str
-    max_prompt_tokens: _builtins.int
-    """Of a prompt whose KV fits its memory for hand-overs; 0: not told."""
+    send_tokens: _builtins.int
+    """Of one prompt whose KV its send buffer and its staging hold; 0: it has none."""
+    staging_tokens: _builtins.int
     @_builtins.property
     def stage_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -365,11 +367,12 @@ class Replica(_message.Message):
         tensor_parallel_size: _builtins.int = ...,
         stage_layers: _abc.Iterable[_builtins.int] | None = ...,
         device: _builtins.str = ...,
-        max_prompt_tokens: _builtins.int = ...,
+        send_tokens: _builtins.int = ...,
+        staging_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "flexible", b"flexible", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "max_prompt_tokens", b"max_prompt_tokens", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "stage_layers", b"stage_layers", "tensor_parallel_size", b"tensor_parallel_size", "transport", b"transport", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "flexible", b"flexible", "incarnation", b"incarnation", "max_model_len", b"max_model_len", "metrics_address", b"metrics_address", "model", b"model", "model_sha256", b"model_sha256", "replica_id", b"replica_id", "role", b"role", "send_tokens", b"send_tokens", "stage_layers", b"stage_layers", "staging_tokens", b"staging_tokens", "tensor_parallel_size", b"tensor_parallel_size", "transport", b"transport", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,10 +56,9 @@ class Pools:
         """Requests in line, in all."""
         return sum(queue.num_waiting for queue in self._queues.values())
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Of a prompt that fits each of them."""
-        return min(queue.max_tokens for queue in self._queues.values())
+    def max_tokens(self, name: str) -> int:
+        """Of one prompt that ``send`` or ``staging`` holds; 0: there is none."""
+        return self._queues[name].max_tokens if name in self._queues else 0
 
     @property
     def bytes_total(self) -> int:

@@ -107,7 +107,8 @@ async def run_worker(
                 model=engine.model.name,
                 model_sha256=engine.model.sha256,
                 max_model_len=engine.max_model_len,
-                max_prompt_tokens=pools.max_prompt_tokens,
+                send_tokens=pools.max_tokens("send"),
+                staging_tokens=pools.max_tokens("staging"),
                 transport=hello.transport_detail,
                 **shape,
             )

@@ -29,6 +29,28 @@ def test_long_answers_turn_prefill_replicas_into_decode_replicas_where_they_stan
         assert replica.flow_rps <= replica.capacity_rps * (1 + 1e-6)
 
 
+def test_a_replica_whose_pool_is_too_small_for_another_role_keeps_its_own(tmp_path: Path) -> None:
+    base = planned(tmp_path)
+    small = [each.id for each in base.replicas if each.role == "prefill"][:2]
+    replicas = tuple(
+        each.model_copy(update={"engine": each.engine.model_copy(update={"staging_tokens": 128})})
+        if each.id in small and each.engine
+        else each
+        for each in base.replicas
+    )
+    tight = base.model_copy(update={"replicas": replicas})
+    # Prompts that it would take now are the measure, whatever is asked.
+    for longest in (1000, 5000):
+        work = workload(64, 96).model_copy(update={"max_prompt_tokens": longest, "max_total_tokens": longest})
+        found = recast(tight, problem(tmp_path, work), roles_of(base), evaluations=200)
+        after = roles_of(found.placement)
+        assert "decode" not in {after[name] for name in small}
+        assert found.rps > found.current_rps, "others change"
+    # Short prompts fit.
+    found = recast(tight, problem(tmp_path, workload(64, 96)), roles_of(base), evaluations=200)
+    assert sorted(roles_of(found.placement).values()) == ["decode", "decode", "decode", "prefill"]
+
+
 def test_roles_that_are_best_stay(tmp_path: Path) -> None:
     base = planned(tmp_path)
     found = recast(base, problem(tmp_path, workload(1000, 8)), roles_of(base), evaluations=200)

@@ -96,15 +96,25 @@ async def test_bad_values_are_refused_by_name(folder: Path, fields: dict[str, An
 async def test_a_prompt_that_no_hand_over_has_memory_for_is_refused(folder: Path) -> None:
     async with house(folder) as made:
         made.answers("ok")
-        told = [replace(each, max_prompt_tokens=n) for each, n in zip(made.plans.plan.replicas, (40, 30), strict=True)]
-        # Who hands nothing over limits nobody.
-        whole = replace(told[0], replica_id="whole", role=Role.COLOCATED, max_prompt_tokens=5)
-        made.plans.plan = replace(made.plans.plan, replicas=(*told, whole))
-        error = await refused(made, prompt="x" * 31)
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert (error.details() or "").startswith("prompt: has 31 tokens; the limit is 30, which is what")
-        assert made.prefills[0].calls == []
-        await ask(made, prompt="x" * 30)
+        prefill, decode = made.plans.plan.replicas
+        for told, limit in (
+            ((replace(prefill, send_tokens=40), replace(decode, staging_tokens=30)), 30),
+            ((replace(prefill, send_tokens=20), replace(decode, staging_tokens=30)), 20),
+            # What its role does not need says nothing of a replica.
+            ((replace(prefill, staging_tokens=9), replace(decode, send_tokens=9, staging_tokens=30)), 30),
+            # Prefill's context holds the prompt and the first token.
+            ((replace(prefill, max_model_len=26, send_tokens=40), decode), 25),
+        ):
+            # Who hands nothing over limits nobody.
+            whole = replace(prefill, replica_id="whole", role=Role.COLOCATED, send_tokens=5, staging_tokens=5)
+            made.plans.plan = replace(made.plans.plan, replicas=(*told, whole))
+            error = await refused(made, prompt="x" * (limit + 1))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            want = f"prompt: has {limit + 1} tokens; the limit is {limit}, which is what"
+            assert (error.details() or "").startswith(want)
+            num_calls = len(made.prefills[0].calls)
+            await ask(made, prompt="x" * limit)
+            assert len(made.prefills[0].calls) == num_calls + 1
 
 
 async def test_statuses_of_failures(folder: Path) -> None:

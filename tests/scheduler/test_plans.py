@@ -137,8 +137,8 @@ def test_smaller_kv_carries_no_less_and_is_used_only_where_it_carries_more(given
 
 
 def test_routes_over_slow_cards_travel_in_the_codec_that_is_allowed() -> None:
-    # One H100 prefills for the other across 0.25 GB/s: OPT's KV is 1.4 MB a token.
-    case = problem([("H100-SXM", 1, 0.25), ("H100-SXM", 1, 0.25)], "opt-30b", "hpld")
+    # One H100 prefills for the other across 0.25 GB/s: KV is 0.8 MB a token.
+    case = problem([("H100-SXM", 1, 0.25), ("H100-SXM", 1, 0.25)], "llama-2-13b", "hpld")
     plain = plan(case, "disaggregated")
     smaller = plan(dataclasses.replace(case, codecs=("none", "int8")), "disaggregated")
     assert {route.codec for route in plain.routes} == {"none"}

@@ -8,6 +8,7 @@ from hexgen2.cluster_file import find_cluster
 from hexgen2.placement import Placement, from_json, to_json
 from hexgen2.scheduler.cost_model import OVERHEAD_BYTES
 from hexgen2.scheduler.problem import Problem
+from hexgen2.scheduler.schedule import solve
 from hexgen2.simulator.planned import Planned
 from hexgen2.simulator.settings import LANDING_BYTES, completed
 from hexgen2.workload_file import find_workload
@@ -65,3 +66,23 @@ def test_times_are_the_cost_models() -> None:
 def test_it_comes_back_from_its_file() -> None:
     plan = completed(planned(mixed()))
     assert from_json(to_json(plan)) == plan
+
+
+@pytest.mark.parametrize(("model", "longest"), [("llama-3.1-70b", 14_000), ("llama-3.1-8b", 100_000)])
+def test_every_planned_replica_holds_the_longest_request(model: str, longest: int) -> None:
+    """In its engine, and the prompt in the pool of its role as well: on tight GPUs the other pool is what is small."""
+    work = find_workload("hphd").model_copy(update={"max_prompt_tokens": longest, "max_total_tokens": longest + 500})
+    problem = Problem(find_cluster("paper-setting-1"), llms.find(model), work)
+    blueprint = Planned(solve(problem, evaluations=100), problem, longest)
+    plan = completed(blueprint)
+    assert {replica.role for replica in plan.replicas} >= {"prefill", "decode"}
+    for replica in plan.replicas:
+        assert replica.engine is not None
+        per_token = max(
+            stage.num_layers * problem.llm.kv_bytes_per_token_layer / stage.tensor_parallel_size
+            for stage in replica.stages
+        )
+        in_engine = replica.engine.kv_cache_bytes / per_token
+        assert in_engine >= (longest if replica.role == "prefill" else longest + 500)
+        own = {"prefill": replica.engine.send_tokens, "decode": replica.engine.staging_tokens}
+        assert own.get(replica.role, longest) >= longest
