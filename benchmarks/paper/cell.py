@@ -92,6 +92,8 @@ class Outcome:
     attainment: tuple[float, ...] = ()
     reference_ttft_s: float = 0.0
     reference_tpot_s: float = 0.0
+    #: Of the requests offline: longer than the memory of the replicas that they were sent to.
+    refused_share: float = 0.0
     preemptions: int = 0
     cpu_s: float = 0.0
     error: str = ""
@@ -154,6 +156,7 @@ def work(cell: Cell, effort: Effort) -> Outcome:
         attainment=tuple(online.outcome.slack.share_below(scale) for scale in SCALES),
         reference_ttft_s=slo.ttft_s,
         reference_tpot_s=slo.tpot_s,
+        refused_share=sum(found.failed.values()) / found.requests,
         preemptions=sum(each.preemptions for each in found.replicas),
         cpu_s=process_time() - began,
         replicas=tuple(

@@ -54,7 +54,7 @@ def table(path: Path, every: Sequence[Mapping[str, Any]]) -> Path:
     names = [
         *("kind", "source", "planned_rps", "offline_rps", "output_tokens_per_s", "price_per_hour", "price_per_million"),
         *("online_rate", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "e2e_p50_s", "e2e_p99_s"),
-        *("reference_ttft_s", "reference_tpot_s", "preemptions", "cpu_s", "error"),
+        *("reference_ttft_s", "reference_tpot_s", "refused_share", "preemptions", "cpu_s", "error"),
     ]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -158,6 +158,7 @@ def page(
         answers end as often as they begin.
         Online: random times at {LOAD:.0%} of what the same system did offline. vLLM's replicas take prompts in
         chunks beside decode; the others keep to the engine profile `measured-2023`, which does not.
+        Requests longer than a replica's memory holds are refused, and count nowhere: {_refused(every)}.
         """
     )
     if len(every) < ALL:
@@ -250,6 +251,13 @@ def claims(plain: Cells, times: Sequence[Mapping[str, Any]]) -> list[str]:
 def paragraph(text: str) -> list[str]:
     """Its lines, and an empty one."""
     return [*(line.strip() for line in text.strip().splitlines()), ""]
+
+
+def _refused(every: Sequence[Mapping[str, Any]]) -> str:
+    some = sorted(each["refused_share"] for each in every if each["refused_share"] > 0)
+    if not some:
+        return "there were none"
+    return f"in {len(some)} cells, {median(some):.1%} of the requests there (median), {some[-1]:.1%} at most"
 
 
 def _spread(values: Sequence[float]) -> str:
