@@ -18,6 +18,7 @@ from hexgen2.deploy.compose import Deployment, compose
 from hexgen2.deploy.dashboards import DASHBOARDS, Dashboard, dashboard_json
 from hexgen2.devices import Machine
 from hexgen2.errors import ConfigError
+from hexgen2.placement import load_placement
 from tests.placements import placement, planned_replica, stage
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,6 +62,17 @@ def test_what_is_checked_in_is_what_is_written(tmp_path: Path, monkeypatch: pyte
     assert {Path("compose.yaml"), Path("compose.gpu.yaml"), Path("plan.gpu.yaml")} <= set(written)
     for path, text in written.items():
         assert (ROOT / "deploy" / path).read_text() == text, f"run `hexgen2 deploy compose`: {path} is old"
+
+
+def test_the_plan_that_is_checked_in_is_what_is_planned(tmp_path: Path) -> None:
+    words = ("workstation", "--model", "llama-3.1-8b", "--workload", "HPHD", "--kind", "disaggregated")
+    made = tmp_path / "plan.yaml"
+    result = CliRunner().invoke(main, ["plan", *words, "-o", str(made)])
+    assert result.exit_code == 0, result.output
+    ours, theirs = (load_placement(path) for path in (made, ROOT / "deploy" / "plan.gpu.yaml"))
+    again = f"run `hexgen2 plan {' '.join(words)} -o deploy/plan.gpu.yaml`, and `hexgen2 deploy compose`"
+    assert ours.throughput_rps == pytest.approx(theirs.throughput_rps, rel=1e-3), again
+    assert [each.engine for each in ours.replicas] == [each.engine for each in theirs.replicas], again
 
 
 def test_images_have_every_file_of_the_package() -> None:
