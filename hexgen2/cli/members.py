@@ -16,7 +16,7 @@ from hexgen2.config import (
     VllmEngineConfig,
     WorkerConfig,
 )
-from hexgen2.deploy.pools import planned_pools
+from hexgen2.deploy.pools import catalog_model, planned_pools
 from hexgen2.deploy.replicas import planned_engine, planned_environment
 from hexgen2.devices import Share, here, shares
 from hexgen2.model import load_model
@@ -168,6 +168,8 @@ def _planned(
         # The planner is heavy, and most fleets need none.
         from hexgen2.cli.planned_costs import write_costs
 
+        if "max_model_len" not in engine.model_fields_set and (model := catalog_model(placement.model)):
+            engine = engine.model_copy(update={"max_model_len": model.max_position_embeddings})
         costs = write_costs(config, placement, run_dir)
         return [
             _worker(config, addresses, each.id, "flexible", _emulated(engine, each, costs[each.id]), planned=each)

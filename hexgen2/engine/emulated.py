@@ -103,6 +103,8 @@ class EmulatedEngine:
             cost = load_planned_cost(config.cost_file)
             self._times, self._kv_tokens = cost.times, cost.kv_tokens
             self._max_num_seqs, self._num_lanes = cost.max_num_seqs * cost.num_lanes, cost.num_lanes
+            # As vLLM's: what KV memory holds.
+            self.max_model_len = min(config.max_model_len, int(self._kv_tokens))
             self._config = config = config.model_copy(update={"max_num_batched_tokens": cost.max_num_batched_tokens})
         self._most = self._limits = Limits(self._max_num_seqs, config.max_num_batched_tokens)
         self._loop: asyncio.Task[None] | None = None

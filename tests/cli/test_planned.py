@@ -60,6 +60,7 @@ def test_a_plan_makes_flexible_workers_with_its_costs(tokenizer: Path, tmp_path:
     assert isinstance(worker, WorkerConfig)
     assert worker.engine.kind == "emulated"
     assert worker.engine.cost_file == tmp_path / "p-cost.yaml"
+    assert worker.engine.max_model_len == 4096, "of Llama-2"
     cost = yaml.safe_load((tmp_path / "p-cost.yaml").read_text())
     assert [(each["gpu"], each["num_layers"]) for each in cost["stages"]] == [("A100-SXM", 40)]
 
@@ -136,6 +137,9 @@ async def test_a_planned_fleet_routes_by_its_flow_over_two_gateways_and_says_how
             "c": Role.COLOCATED,
         }
         assert set(plan.routes) == {Route("p", "d", 2.0), Route("c", "c", 1.0)}
+        for replica in plan.replicas:
+            assert replica.max_model_len == 4096
+            assert min(replica.send_tokens, replica.staging_tokens) > 0
         went: Counter[tuple[str, str]] = Counter()
         addresses = (fleet.grpc_address, fleet.addresses.more[0][0])
         for number in range(6):
