@@ -25,9 +25,7 @@ class Workload(BaseModel):
 
     name: str = "workload"
     lengths: tuple[LengthClass, ...] = Field(min_length=1)
-    max_prompt_tokens: int = Field(
-        0, ge=0, description="prompts that must be taken, where longer than those of the table"
-    )
+    max_prompt_tokens: int = Field(0, ge=0, description="longest prompt that must be taken; 0: that of the table")
     max_total_tokens: int = Field(0, ge=0, description="likewise, prompt and answer")
     rate: float | None = Field(None, gt=0, description="requests per second that are asked; None: as many as possible")
     ttft_s: float | None = Field(None, gt=0, description="limit of the time to first token")
@@ -42,9 +40,15 @@ class Workload(BaseModel):
         return self
 
     def within(self, max_model_len: int) -> "Workload":
-        """What a model of such a context can be asked: who asks for more is refused."""
-        longest = min(self.max_prompt_tokens, max_model_len - 1), min(self.max_total_tokens, max_model_len)
-        if longest == (self.max_prompt_tokens, self.max_total_tokens):
+        """What a model of such a context can be asked: who asks for more is refused. A table that says nothing of its
+        longest stands for any model: the built-in ones are planned for as if each had such a context.
+        """
+        return self.up_to(max_model_len - 1, max_model_len) if self.max_total_tokens else self
+
+    def up_to(self, prompt_tokens: float, total_tokens: float) -> "Workload":
+        """With nothing longer that must be taken."""
+        longest = int(min(self.longest_prompt_tokens, prompt_tokens)), int(min(self.longest_tokens, total_tokens))
+        if longest == (self.longest_prompt_tokens, self.longest_tokens):
             return self
         # Built, not copied: what is remembered would be copied, too.
         given = {name: getattr(self, name) for name in type(self).model_fields}
@@ -74,9 +78,9 @@ class Workload(BaseModel):
     @cached_property
     def longest_prompt_tokens(self) -> int:
         """That must be taken, as the next."""
-        return max(self.max_prompt_tokens, *(point.prompt_tokens for point in self.lengths))
+        return self.max_prompt_tokens or max(point.prompt_tokens for point in self.lengths)
 
     @cached_property
     def longest_tokens(self) -> int:
         """Prompt and answer."""
-        return max(self.max_total_tokens, *(point.prompt_tokens + point.output_tokens for point in self.lengths))
+        return self.max_total_tokens or max(point.prompt_tokens + point.output_tokens for point in self.lengths)

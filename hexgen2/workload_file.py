@@ -60,7 +60,7 @@ class WorkloadSpec(Source):
     about: str = Field("", description="a note for readers")
     mix: tuple[Share, ...] | None = Field(None, description="classes and their shares")
     max_prompt_tokens: Tokens | None = Field(
-        None, description="longest prompt that must be taken; default: that of the trace, or of the lengths"
+        None, description="longest prompt that replicas must hold; default: that of the trace, or of the lengths"
     )
     max_total_tokens: Tokens | None = Field(None, description="likewise, prompt and answer")
     rate: Positive | None = Field(None, description="requests per second; default: as many as the plan can serve")
@@ -126,20 +126,24 @@ def resolve(spec: WorkloadSpec, folder: Path, where: Callable[[Place], str]) -> 
         )
         longest = max(prompt for _, (prompt, _) in parts), max(total for _, (_, total) in parts)
     default_name = spec.lengths or (spec.trace.name if spec.trace else "workload")
-    max_prompt_tokens = spec.max_prompt_tokens or longest[0]
+    given = spec.max_prompt_tokens, spec.max_total_tokens
+    if any(longest) or any(given):
+        table = Workload(lengths=lengths)
+        longest = max(longest[0], table.longest_prompt_tokens), max(longest[1], table.longest_tokens)
+    prompt = given[0] or longest[0]
     return Workload(
         name=spec.name or default_name,
         lengths=lengths,
-        max_prompt_tokens=max_prompt_tokens,
+        max_prompt_tokens=prompt,
         # A prompt that is taken has room for one token at least.
-        max_total_tokens=max(spec.max_total_tokens or longest[1], max_prompt_tokens and max_prompt_tokens + 1),
+        max_total_tokens=max(given[1] or longest[1], prompt and prompt + 1),
         rate=spec.rate,
         ttft_s=spec.slo.ttft_s,
         tpot_s=spec.slo.tpot_s,
     )
 
 
-#: A table, and the longest prompt and the longest request (prompt and answer) where the table's own are shorter.
+#: A table, and the longest prompt and the longest request (prompt and answer) where that is not the table's.
 _Lengths = tuple[tuple[LengthClass, ...], tuple[int, int]]
 
 

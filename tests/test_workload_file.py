@@ -101,11 +101,8 @@ def test_the_longest_request_of_a_trace_must_be_taken(tmp_path: Path) -> None:
         ("trace: t.csv", 5000, 6040),
         ("trace: t.csv\nmax_prompt_tokens: 3000", 3000, 6040),
         ("trace: t.csv\nmax_prompt_tokens: 9000\n", 9000, 9001),
-        (
-            "trace: t.csv\nmax_prompt_tokens: 10\nmax_total_tokens: 20",
-            table.longest_prompt_tokens,
-            table.longest_tokens,
-        ),
+        ("trace: t.csv\nmax_prompt_tokens: 10\nmax_total_tokens: 20", 10, 20),
+        ("lengths: HPLD\nmax_prompt_tokens: 100", 100, 6589),
         (mix, 5000, 7003),
         ("lengths: HPLD", 6530, 6589),
     ):
@@ -120,6 +117,10 @@ def test_nothing_longer_is_asked_of_a_model_than_it_takes() -> None:
     within = work.within(2048)
     assert (within.longest_prompt_tokens, within.longest_tokens, within.rate) == (2047, 2048, 2.0)
     assert work.within(9000) is work
+    table = find_workload("hpld")
+    assert table.within(2048) is table, "planned for as if the context were longer"
+    trace = Workload(lengths=table.lengths, max_prompt_tokens=14_000, max_total_tokens=15_000)
+    assert (trace.within(2048).longest_prompt_tokens, trace.within(2048).longest_tokens) == (2047, 2048)
 
 
 @pytest.mark.parametrize(

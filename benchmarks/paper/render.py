@@ -254,7 +254,7 @@ def paragraph(text: str) -> list[str]:
 
 
 def _refused(every: Sequence[Mapping[str, Any]]) -> str:
-    some = sorted(each["refused_share"] for each in every if each["refused_share"] > 0)
+    some = sorted(share for each in every if (share := each.get("refused_share", 0.0)) > 0)
     if not some:
         return "there were none"
     return f"in {len(some)} cells, {median(some):.1%} of the requests there (median), {some[-1]:.1%} at most"

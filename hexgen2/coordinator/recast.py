@@ -5,13 +5,15 @@ is the choice of roles with the largest flow, and its routes; a role that change
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import inf
 
+from hexgen2.kv.wire import CHUNK_TOKENS
 from hexgen2.placement import Placement, ReplicaPlan
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL
 from hexgen2.scheduler.kv_network import Replica, Routed
+from hexgen2.scheduler.pools import SPARE_TOKENS
 from hexgen2.scheduler.present import USUAL_LOAD, kind_of, link_plans, mean_tpot_s, mean_ttft_s, route_plans
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.planned import Planned
@@ -43,8 +45,12 @@ def recast(base: Placement, problem: Problem, roles: Roles, *, evaluations: int,
     ``base`` says where each replica stands. ``flip_cost`` is what one changed role must gain, as a share of the flow.
     """
     there = base.model_copy(update={"replicas": tuple(each for each in base.replicas if each.id in roles)})
-    longest = problem.workload.longest_prompt_tokens
-    search = _Search(Planned(there, problem, longest), roles, flip_cost)
+    planned = Planned(there, problem, problem.workload.longest_prompt_tokens)
+    # Nothing that is taken now is given up for a change of roles; what is not is refused either way.
+    taken = [_most(planned, each, roles[each.id]) for each in there.replicas]
+    work = problem.workload.up_to(*map(min, zip((inf, inf), *taken, strict=True)))
+    problem = replace(problem, workload=work)
+    search = _Search(Planned(there, problem, work.longest_prompt_tokens), roles, flip_cost)
     found = search.climb(evaluations)
     placement = _placement(there, problem, found, search)
     flipped = tuple(name for name in roles if found[name] != roles[name])
@@ -58,9 +64,7 @@ class _Search:
         self.planned = planned
         self.evaluations = 0
         self._present = roles
-        self._engines = {each.id: each.engine for each in planned.placement.replicas}
-        # No role is changed at the price of prompts that are taken now; those that are not are refused either way.
-        self._longest = min([planned.longest_prompt, *(self._pool(name, role) for name, role in roles.items())])
+        self._replicas = {each.id: each for each in planned.placement.replicas}
         self._flip_cost = flip_cost
         self._nodes: dict[tuple[str, str], Replica] = {}
         self._flows: dict[tuple[str, ...], float] = {}
@@ -97,25 +101,18 @@ class _Search:
         return tuple(name for name, role in roles.items() if self.node(name, role).rps > 0)
 
     def node(self, name: str, role: str) -> Replica:
-        """A replica in a role; its rate is 0 where its memory is too small for the prompts that are taken now, or the
-        prompt alone takes longer than is allowed."""
+        """A replica in a role; its rate is 0 where its memory is too small for what is taken now, or the prompt alone
+        takes longer than is allowed."""
         if (name, role) not in self._nodes:
             node = self.planned.node(name, role)
-            cost = self.planned.problem.cost
-            limit = cost.workload.ttft_s
-            if self._pool(name, role) < self._longest or (
-                role != DECODE and limit and cost.prefill_latency_s(self.planned.stages(name)) > limit
-            ):
+            cost, work = self.planned.problem.cost, self.planned.problem.workload
+            prompt, total = _most(self.planned, self._replicas[name], role)
+            small = prompt < work.longest_prompt_tokens or total < work.longest_tokens
+            limit = work.ttft_s if role != DECODE else None
+            if small or (limit and cost.prefill_latency_s(self.planned.stages(name)) > limit):
                 node = Replica(node.role, 0.0, node.spans, node.gpus, node.hops, node.codec_s)
             self._nodes[name, role] = node
         return self._nodes[name, role]
-
-    def _pool(self, name: str, role: str) -> float:
-        """Tokens of the pool that the role needs: its size was settled when the replica was started."""
-        engine = self._engines[name]
-        if engine is None or role == COLOCATED:
-            return inf
-        return engine.send_tokens if role == PREFILL else engine.staging_tokens
 
     def _value(self, roles: Roles) -> float:
         flips = sum(role != self._present[name] for name, role in roles.items())
@@ -129,6 +126,20 @@ class _Search:
         for one, other in combinations(roles, 2):
             if roles[one] != roles[other]:
                 yield {**roles, one: roles[other], other: roles[one]}
+
+
+def _most(planned: Planned, replica: ReplicaPlan, role: str) -> tuple[float, float]:
+    """Tokens of the longest prompt and the longest request that a replica takes in a role: the sizes of its pools and
+    its KV cache were settled when it was started.
+    """
+    engine = replica.engine
+    if engine is None:
+        return inf, inf
+    kv_tokens = engine.kv_cache_bytes / max(planned.token_bytes(planned.stages(replica.id)))
+    context = max(1.0, kv_tokens - (SPARE_TOKENS - CHUNK_TOKENS))
+    if role == PREFILL:
+        return min(engine.send_tokens, context), inf
+    return (engine.staging_tokens if role == DECODE else inf), context
 
 
 def _placement(base: Placement, problem: Problem, roles: Roles, search: _Search) -> Placement:

@@ -100,8 +100,9 @@ def workload_now(plan: InForce, seen: Situation) -> Workload:
     return Workload(
         name="observed" if lengths else plan.workload.name,
         lengths=lengths or plan.workload.lengths,
-        max_prompt_tokens=plan.workload.max_prompt_tokens,
-        max_total_tokens=plan.workload.max_total_tokens,
+        # What is seen are means.
+        max_prompt_tokens=plan.workload.longest_prompt_tokens,
+        max_total_tokens=plan.workload.longest_tokens,
         rate=seen.rps if seen.rps > 0 else plan.workload.rate,
         ttft_s=plan.workload.ttft_s,
         tpot_s=plan.workload.tpot_s,

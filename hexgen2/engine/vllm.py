@@ -82,7 +82,7 @@ class VllmEngine:
         self.max_model_len = self._llm.model_config.max_model_len
         if self._config.max_model_len is None and self.max_model_len < self.model.max_position_embeddings:
             log.warning(
-                "context_is_what_kv_memory_holds",
+                "context_shortened",
                 max_model_len=self.max_model_len,
                 of=self.model.max_position_embeddings,
             )

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.utils import extract_layer_index
 
 from hexgen2.config import TlsConfig
@@ -142,6 +143,7 @@ class HexgenConnector(KVConnectorBase_V1):
             raise ConfigError("models with several KV caches per layer are not supported")
         shape = _kv_shape(self._vllm_config)
         rank_slice = _rank_slice(self._vllm_config, shape, caches)
+        most_layers = _most_layers(self._vllm_config, shape)
         expected = (rank_slice.num_kv_heads, self._block_size, 2 * shape.head_dim, shape.dtype)
         for layer, cache in caches.items():
             found = (*cache.shape[1:], str(cache.dtype).removeprefix("torch."))
@@ -163,8 +165,9 @@ class HexgenConnector(KVConnectorBase_V1):
                 tls and TlsConfig.model_validate(tls),
             ),
             device=cache.device,
-            send_bytes=self._option("send_bytes"),
-            staging_bytes=self._option("staging_bytes"),
+            # Pages have the same numbers on all ranks: more than the fullest rank has room for would lie idle.
+            send_bytes=self._option("send_bytes") * rank_slice.num_layers // most_layers,
+            staging_bytes=self._option("staging_bytes") * rank_slice.num_layers // most_layers,
             landing_bytes=self._option("landing_bytes"),
             stall_s=self._option("stall_s"),
         )
@@ -233,6 +236,13 @@ def _kv_shape(vllm_config: Any) -> KvShape:
         head_dim=model.get_head_size(),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _most_layers(vllm_config: Any, shape: KvShape) -> int:
+    """Of any stage of the pipeline."""
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    ranges = [get_pp_indices(shape.num_layers, rank, size) for rank in range(size)]
+    return max(int(stop - start) for start, stop in ranges)
 
 
 def _rank_slice(vllm_config: Any, shape: KvShape, layers: Mapping[int, object]) -> RankSlice:

@@ -15,6 +15,7 @@ from typing import Protocol
 from hexgen2.engine.base import Sampling
 from hexgen2.errors import EngineFailed, HexgenError, Overloaded, StaleEpoch, Unavailable
 from hexgen2.gateway.life import Side, TryAgain, Way, for_client
+from hexgen2.gateway.limits import max_prompt_tokens
 from hexgen2.kv.codecs import NONE
 from hexgen2.plan import Plan, Replica, ReplicaStatus, Role
 from hexgen2.routing import RouteKey, Router, calm, pick_colocated, short_enough, usable_routes
@@ -104,7 +105,8 @@ class Dispatch:
             busy = (key for key, status in self._plans.statuses.items() if not calm(status.load))
             targets = self._on_decode(suspects.union(busy))
         if targets is None and not sampling.needs_history:
-            targets = self._route(sampling, suspects) or self._route(sampling, frozenset())
+            targets = self._route(sampling, prompt_tokens, suspects)
+            targets = targets or self._route(sampling, prompt_tokens, frozenset())
         targets = targets or self._on_decode(suspects) or self._on_decode(frozenset())
         if targets is None:
             raise Unavailable("no replica is ready to serve this request; try again shortly")
@@ -128,14 +130,15 @@ class Dispatch:
         if isinstance(failure.error, StaleEpoch):
             return self.first(sampling, prompt_tokens)
         self._suspect(tried.prefill if failure.side is Side.PREFILL else tried.decode, failure.error)
-        found = self._elsewhere(sampling, tried, failure.side, kv_was_there)
+        found = self._elsewhere(sampling, prompt_tokens, tried, failure.side, kv_was_there)
         if found is None and not isinstance(failure.error, Overloaded):
             # A way round what failed, or the same replicas: the connection may have been all that was lost.
             if tried.way is Way.COLOCATED or failure.side is Side.PREFILL:
                 found = self._on_decode(frozenset())
             else:
                 found = self._on_decode(_ids(tried.decode) | self._suspects()) or self._on_decode(_ids(tried.decode))
-                found = found or self._route(sampling, _ids(tried.prefill)) or self._route(sampling, frozenset())
+                found = found or self._route(sampling, prompt_tokens, _ids(tried.prefill))
+                found = found or self._route(sampling, prompt_tokens, frozenset())
         if found is None:
             raise for_client(failure.error)
         return found
@@ -179,7 +182,9 @@ class Dispatch:
         self._suspect_until = {key: until for key, until in self._suspect_until.items() if until > now}
         return frozenset(r.replica_id for r in self.plan.replicas if r.incarnation in self._suspect_until)
 
-    def _elsewhere(self, sampling: Sampling, tried: Targets, side: Side, kv_was_there: bool) -> Targets | None:
+    def _elsewhere(
+        self, sampling: Sampling, prompt_tokens: int, tried: Targets, side: Side, kv_was_there: bool
+    ) -> Targets | None:
         prefill, decode, suspects = _ids(tried.prefill), _ids(tried.decode), self._suspects()
         if tried.way is Way.COLOCATED or sampling.needs_history:
             return self._on_decode(decode | suspects) or self._on_decode(decode)
@@ -190,9 +195,9 @@ class Dispatch:
             # replica that may be gone is the last resort.
             ladder = [prefill] if side is Side.PREFILL else [decode, prefill | suspects]
             ladder = [prefill | decode | suspects, prefill | decode, *ladder]
-        return next((found for exclude in ladder if (found := self._route(sampling, exclude))), None)
+        return next((found for exclude in ladder if (found := self._route(sampling, prompt_tokens, exclude))), None)
 
-    def _route(self, sampling: Sampling, exclude: frozenset[str]) -> Targets | None:
+    def _route(self, sampling: Sampling, prompt_tokens: int, exclude: frozenset[str]) -> Targets | None:
         plan = self.plan
         route = self._router.pick(plan, self._plans.statuses, self._everywhere(), exclude)
         if route is None:
@@ -201,6 +206,9 @@ class Dispatch:
         prefill, decode = plan.replica(key[0]), plan.replica(key[1])
         if prefill is decode:
             return Targets(Way.COLOCATED, plan.epoch, None, decode, key)
+        if any(0 < max_prompt_tokens(each) < prompt_tokens for each in (prefill, decode)):
+            # An answer that is continued: with what there was of it, the prompt is too long to be handed over again.
+            return None
         if sampling.max_tokens == 1:
             return Targets(Way.FIRST_ONLY, plan.epoch, prefill, None, key)
         return Targets(Way.HAND_OVER, plan.epoch, prefill, decode, key, route.codec)

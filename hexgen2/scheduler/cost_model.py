@@ -11,6 +11,7 @@ from hexgen2.cluster import GpuType
 from hexgen2.llm import Llm
 from hexgen2.scheduler.efficiency import Efficiency, Engine, efficiency, engine
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Kernels
+from hexgen2.scheduler.pools import SPARE_TOKENS
 from hexgen2.scheduler.rates import Figures, Rate, Rates
 from hexgen2.scheduler.stages import Stage as Stage
 from hexgen2.scheduler.stages import Stages as Stages
@@ -120,7 +121,7 @@ class CostModel:
 
     def fits(self, stages: Stages) -> bool:
         """Whether weights and the longest request of the workload fit."""
-        return self.kv_tokens(stages) >= self.workload.longest_tokens
+        return self.kv_tokens(stages) >= self.workload.longest_tokens + SPARE_TOKENS
 
     def max_batch(self, stages: Stages) -> int:
         """Requests of mean context whose KV fits at once; 0 when the model does not fit."""
@@ -133,7 +134,8 @@ class CostModel:
     def prefill_rate(self, stages: Stages) -> float:
         """Prompts per second: one over the mean time that the busiest stage, or link between stages, gives to one.
 
-        The mean of the time over the lengths, never the time of the mean length. 0 when the model does not fit.
+        The mean of the time over the lengths, never the time of the mean length. 0 where the model, or the longest
+        prompt in the engine and in the send buffer, does not fit.
         """
         return self._rates.of(stages).prefill_rps
 

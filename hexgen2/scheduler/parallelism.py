@@ -97,22 +97,21 @@ class Strategies:
         return sum(room) >= self._cost.llm.weight_bytes
 
     def _rank(self, candidates: Sequence[Candidate]) -> Candidates:
-        # To hold the model and the longest request; prefill and decode need a prompt's room in pools as well.
-        able = [each for each in candidates if max(each.prefill_rps, each.decode_rps, each.colocated_rps) > 0]
-        quickest = min(able, key=lambda each: (each.latency_s, each.shapes), default=None)
-        limit = self._cost.workload.ttft_s or (LATENCY_SLACK * quickest.latency_s if quickest else 0.0)
-        in_time = [each for each in able if each.latency_s <= limit]
+        # Prefill and decode need room for a prompt in their pools as well: who has none may still colocate.
+        prefill = self._in_time([each for each in candidates if each.prefill_rps > 0])
+        decode = [each for each in candidates if each.decode_rps > 0]
+        whole = self._in_time([each for each in candidates if each.prefill_rps > 0 or each.colocated_rps > 0])
+        colocated = [each for each in whole if each.colocated_rps > 0]
         return Candidates(
-            tuple(
-                sorted((c for c in in_time if c.prefill_rps > 0), key=lambda c: (-c.prefill_rps, c.latency_s, c.shapes))
-            ),
-            tuple(sorted((c for c in able if c.decode_rps > 0), key=lambda c: (-c.decode_rps, c.tpot_s, c.shapes))),
-            tuple(
-                sorted(
-                    (c for c in in_time if c.colocated_rps > 0), key=lambda c: (-c.colocated_rps, c.tpot_s, c.shapes)
-                )
-            ),
+            tuple(sorted(prefill, key=lambda each: (-each.prefill_rps, each.latency_s, each.shapes))),
+            tuple(sorted(decode, key=lambda each: (-each.decode_rps, each.tpot_s, each.shapes))),
+            tuple(sorted(colocated, key=lambda each: (-each.colocated_rps, each.tpot_s, each.shapes))),
         )
+
+    def _in_time(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        """Within the limit of the time to first token, or not much slower than the quickest of them."""
+        limit = self._cost.workload.ttft_s or LATENCY_SLACK * min((each.latency_s for each in candidates), default=0.0)
+        return [each for each in candidates if each.latency_s <= limit]
 
     def _shapes(self, composition: Composition) -> Iterator[tuple[Shape, ...]]:
         """Every choice of tensor parallelism per kind, each with its layers shared out in up to four ways."""

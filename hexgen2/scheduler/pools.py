@@ -8,6 +8,9 @@ from hexgen2.kv.wire import CHUNK_TOKENS
 RESERVED_BYTES = 256 << 20
 #: Prompts that staging holds beyond what the planned flow keeps in it: arrivals come in bunches.
 SPARE_PROMPTS = 2
+#: Of an engine's KV beyond the longest request: a block that is never used, one that is rounded down, and the page that
+#: the pool of the role that a replica has not has at least.
+SPARE_TOKENS = 3 * CHUNK_TOKENS
 #: Steps of decode that KV is held in staging for: the one under way, and its own.
 STEPS_HELD = 2
 

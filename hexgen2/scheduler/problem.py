@@ -139,7 +139,10 @@ class Problem:
             return ""
         if self.site_links and milp_bound(self.columns(SPLIT), self.supply, quick=True).rps > 0:
             return "no site holds the model twice, and the links between sites carry next to no KV"
-        return "the cluster holds the model once, and prefill and decode apart need it twice"
+        return (
+            "the cluster holds the model once, and prefill and decode apart need it twice, each with a prompt of "
+            f"{self.workload.longest_prompt_tokens} tokens in its memory for hand-overs besides"
+        )
 
     def check(self) -> None:
         """Raises ConfigError, saying what would help, when no group can serve the model."""
@@ -162,5 +165,5 @@ class Problem:
         told = f" within the workload's limits ({', '.join(limits)})" if limits else ""
         raise ConfigError(
             f"cluster {self.cluster.name}: no group of up to {self.limits.max_gpus} of its GPUs can serve model "
-            f"{self.llm.name}{told}"
+            f"{self.llm.name}{told}, its longest request ({longest} tokens) included"
         )

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hexgen2.kv.wire import CHUNK_TOKENS
 from hexgen2.scheduler import bubbles
 from hexgen2.scheduler.kernels import ACTIVATION_BYTES, Numbers
-from hexgen2.scheduler.pools import STEPS_HELD, staging_tokens
+from hexgen2.scheduler.pools import SPARE_TOKENS, STEPS_HELD, staging_tokens
 from hexgen2.scheduler.stage_costs import TOKEN_BUDGETS, Grid, StageCosts
 from hexgen2.scheduler.stages import Stages
 
@@ -85,26 +84,22 @@ class Rates:
         token_s = cost.llm.hidden_size * ACTIVATION_BYTES / bandwidth if size > 1 else bandwidth
         hops = latency + work.mean_prompt_tokens * token_s
         kv_tokens = costs.kv_tokens[at].min(axis=1)
-        fits = kv_tokens >= work.longest_tokens
+        longest, longest_prompt = (n + SPARE_TOKENS for n in (work.longest_tokens, work.longest_prompt_tokens))
         usual = costs.usual_tokens[at].min(axis=1)
         # A prompt is in the send buffer while it is in the engine.
-        longest = work.longest_prompt_tokens + CHUNK_TOKENS
-        prefills = kv_tokens - np.maximum(0.0, longest - usual) >= longest
+        prefills = kv_tokens - np.maximum(0.0, work.longest_prompt_tokens - usual) >= longest_prompt
         busy = costs.prefill_busy_s[at].max(axis=1)
         budget = busy.argmin(axis=1)
         shared = [cost.engine.max_num_batched_tokens // TOKEN_BUDGETS[int(each)] for each in budget]
         prompt_s = np.maximum(busy.min(axis=1), hops.max(axis=1, initial=0.0))
         prefill = np.where(prefills, 1.0 / prompt_s, 0.0)
         alone = _sum(costs.prefill_alone_s[at]) + _sum(hops)
-        room = np.where(fits, kv_tokens, 0.0)[:, None]
+        room = np.where(kv_tokens >= longest, kv_tokens, 0.0)[:, None]
         through, slowest = self._steps(costs.decode_s[at], latency, token_s, self._grid.batches)
         intervals = [self._interval(count, through, slowest) for count in dict.fromkeys((1, size))]
         beside = [room - self._staging(*each, alone, usual) for each in intervals]
         decode = self._best(
-            [
-                (*each, np.where(left >= work.longest_tokens, left, 0.0))
-                for each, left in zip(intervals, beside, strict=True)
-            ]
+            [(*each, np.where(left >= longest, left, 0.0)) for each, left in zip(intervals, beside, strict=True)]
         )
         # A step is of one phase: those of decode wait for those of prefill.
         with np.errstate(divide="ignore", invalid="ignore"):

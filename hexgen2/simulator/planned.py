@@ -18,7 +18,7 @@ from hexgen2.plan import Route
 from hexgen2.scheduler.cost import Stages
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL, Choice, PlacedStage
 from hexgen2.scheduler.kv_network import KvNetwork, Replica, Wire
-from hexgen2.scheduler.pools import RESERVED_BYTES, STEPS_HELD, staging_tokens
+from hexgen2.scheduler.pools import RESERVED_BYTES, SPARE_TOKENS, STEPS_HELD, staging_tokens
 from hexgen2.scheduler.present import wire_name
 from hexgen2.scheduler.problem import Problem
 from hexgen2.simulator.blueprint import ReplicaSpec
@@ -141,25 +141,32 @@ class Planned:
 
     def kv_tokens(self, stages: Stages, pool_tokens: int) -> float:
         """Tokens whose KV fits beside the weights and pools that hold ``pool_tokens``."""
-        cost, llm = self.problem.cost, self.problem.llm
-        least = float("inf")
-        for number, stage in enumerate(stages):
-            share = min(stage.tensor_parallel_size, llm.num_kv_heads)
-            per_token = stage.num_layers * llm.kv_bytes_per_token_layer / share
-            room = cost.usable_bytes(stage.gpu) - cost.weight_bytes_per_gpu(stages, number)
-            least = min(least, (room - max(0.0, pool_tokens * per_token - RESERVED_BYTES)) / per_token)
-        return least
+        return min(
+            (room - max(0.0, pool_tokens * per_token - RESERVED_BYTES)) / per_token
+            for room, per_token in self._rooms(stages)
+        )
 
-    def pool_room(self, stages: Stages, kept_tokens: int) -> int:
+    def pool_room(self, stages: Stages, kept_tokens: float) -> int:
         """Tokens that pools may hold where ``kept_tokens`` of KV are kept beside them and the weights."""
-        cost, llm = self.problem.cost, self.problem.llm
-        found = float("inf")
-        for number, stage in enumerate(stages):
-            share = min(stage.tensor_parallel_size, llm.num_kv_heads)
-            per_token = stage.num_layers * llm.kv_bytes_per_token_layer / share
-            room = cost.usable_bytes(stage.gpu) - cost.weight_bytes_per_gpu(stages, number)
-            found = min(found, (room + RESERVED_BYTES) / per_token)
-        return int(found) - kept_tokens
+        most = min((room + RESERVED_BYTES) / per_token for room, per_token in self._rooms(stages))
+        return int(most - kept_tokens)
+
+    def token_bytes(self, stages: Stages) -> tuple[float, ...]:
+        """KV of a token on each GPU of a stage."""
+        llm = self.problem.llm
+        return tuple(
+            stage.num_layers * llm.kv_bytes_per_token_layer / min(stage.tensor_parallel_size, llm.num_kv_heads)
+            for stage in stages
+        )
+
+    def _rooms(self, stages: Stages) -> list[tuple[float, float]]:
+        """Of each stage: bytes beside its weights, and those of a token."""
+        cost = self.problem.cost
+        rooms = [
+            cost.usable_bytes(stage.gpu) - cost.weight_bytes_per_gpu(stages, number)
+            for number, stage in enumerate(stages)
+        ]
+        return list(zip(rooms, self.token_bytes(stages), strict=True))
 
     def pool_tokens_of(self, replica_id: str, role: str) -> int:
         """Of the send buffer (prefill) or staging (decode)."""
@@ -213,17 +220,13 @@ class Planned:
             return self.pool_tokens
         usual = CHUNK_TOKENS * RESERVED_BYTES / self._page_bytes(stages)
         most = self.kv_tokens(stages, 0) / 2
-        if self.pool_room(stages, self.longest_prompt + CHUNK_TOKENS) >= self.longest_prompt:
+        if self.pool_room(stages, self.longest_prompt + SPARE_TOKENS) >= self.longest_prompt:
             most = max(most, self.longest_prompt)
         return max(CHUNK_TOKENS, int(min(max(tokens, self.longest_prompt, usual), most)))
 
     def _page_bytes(self, stages: Stages) -> float:
         """Of the GPU that holds most of a page."""
-        llm = self.problem.llm
-        return max(
-            CHUNK_TOKENS * s.num_layers * llm.kv_bytes_per_token_layer / min(s.tensor_parallel_size, llm.num_kv_heads)
-            for s in stages
-        )
+        return CHUNK_TOKENS * max(self.token_bytes(stages))
 
     def _micro_batches(self, stages: Stages, times: PipelineTimes, batch: int | None) -> int:
         """One, or as many as stages: whichever makes a token for each of the planned batch sooner."""

@@ -8,14 +8,14 @@ from hexgen2.kv.wire import CHUNK_TOKENS
 from hexgen2.placement import EnginePlan, Placement, ReplicaPlan, TimesPlan
 from hexgen2.scheduler.cost_model import STAGING_BYTES
 from hexgen2.scheduler.groups import COLOCATED, DECODE, PREFILL
-from hexgen2.scheduler.pools import RESERVED_BYTES
+from hexgen2.scheduler.pools import RESERVED_BYTES, SPARE_TOKENS
 from hexgen2.simulator.planned import Planned
 from hexgen2.simulator.shortcut import colocate_max_prompt_tokens
 from hexgen2.simulator.step_times import Step
 
 #: Registered memory that reads land in: ``KvConfig.landing_bytes``.
 LANDING_BYTES = STAGING_BYTES - RESERVED_BYTES
-#: The pool of the role that a replica has not may take one part of its KV memory in so many.
+#: The pool of the role that a replica has not may take one part of its KV memory in so many, whatever it needs itself.
 SPARE_PART = 8
 #: Prompt lengths (parts of the longest) and batches (multiples of the planned one) that times are told at.
 PROMPT_PARTS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1)
@@ -47,19 +47,11 @@ def retold(planned: Planned) -> Placement:
 def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
     """Settings of a replica; None when no memory is left for KV, which only a plan by hand can be.
 
-    Workers can change their role, so each has a send buffer and staging: that of its role as the plan needs it, the
-    other of the usual size, or for one longest prompt where KV memory is scarce, or for less where else the engine
-    could not hold the longest request.
+    What the engine and its pools take is all there is beside the weights, in the stage that has least room.
     """
     problem, stages = planned.problem, planned.stages(replica.id)
-    llm = problem.llm
     limits = planned.replica(replica.id, replica.role).limits
-    per_tokens = [
-        stage.num_layers * llm.kv_bytes_per_token_layer / min(stage.tensor_parallel_size, llm.num_kv_heads)
-        for stage in stages
-    ]
-    spare = min(RESERVED_BYTES / max(per_tokens), planned.kv_tokens(stages, 0) / SPARE_PART)
-    send, staging = _pools(planned, replica, max(planned.longest_prompt, int(spare)))
+    send, staging = _pools(planned, replica)
     least = planned.kv_tokens(stages, send + staging)
     sequences = limits.max_num_seqs * (limits.num_lanes if replica.role != PREFILL else 1)
     if replica.batch is not None:
@@ -72,7 +64,7 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
     if least < 1:
         return None
     return EnginePlan(
-        kv_cache_bytes=int(least * max(per_tokens)),
+        kv_cache_bytes=int(least * max(planned.token_bytes(stages))),
         max_num_seqs=sequences,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         send_tokens=send,
@@ -82,18 +74,26 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
     )
 
 
-def _pools(planned: Planned, replica: ReplicaPlan, usual: int) -> tuple[int, int]:
-    """Tokens of the send buffer and of staging."""
+def _pools(planned: Planned, replica: ReplicaPlan) -> tuple[int, int]:
+    """Tokens of the send buffer and of staging: that of its role as the plan needs it. The other, since workers can
+    change their role, holds a longest prompt where that takes little of the memory; else what is left beside the
+    planned batch, and then the replica may have to keep its role.
+    """
+    stages, work, whole = planned.stages(replica.id), planned.problem.workload, replica.role == COLOCATED
     # Prefill's engine holds the prompt and no more of the answer than its first token.
-    longest = planned.longest_prompt if replica.role == PREFILL else planned.problem.workload.longest_tokens
-    room = planned.pool_room(planned.stages(replica.id), longest + CHUNK_TOKENS)
-    if replica.role == COLOCATED:
-        each = max(CHUNK_TOKENS, min(usual, room // 2))
-        return each, each
-    own = planned.pool_tokens_of(replica.id, replica.role)
-    if max(usual, own) + usual <= room:
-        own = max(usual, own)
-    other = max(CHUNK_TOKENS, min(usual, room - own))
+    longest = planned.longest_prompt if replica.role == PREFILL else work.longest_tokens
+    beside = SPARE_TOKENS - CHUNK_TOKENS
+    room = planned.pool_room(stages, longest + beside)
+    spare = planned.pool_room(stages, max(longest, (replica.batch or 0) * work.mean_context_tokens) + beside)
+    part = planned.kv_tokens(stages, 0) / SPARE_PART
+    usual = max(planned.longest_prompt, int(min(RESERVED_BYTES / max(planned.token_bytes(stages)), part)))
+    own = 0 if whole else min(planned.pool_tokens_of(replica.id, replica.role), room - CHUNK_TOKENS)
+    own = own if whole else max(CHUNK_TOKENS, own)
+    if usual <= part and max(own, usual) + usual <= room:
+        own, other = max(own, usual), usual
+    else:
+        other = max(CHUNK_TOKENS, min(usual, spare // 2 if whole else spare - own))
+        own = other if whole else own
     return (own, other) if replica.role == PREFILL else (other, own)
 
 

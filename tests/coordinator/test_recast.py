@@ -51,6 +51,38 @@ def test_a_replica_whose_pool_is_too_small_for_another_role_keeps_its_own(tmp_pa
     assert sorted(roles_of(found.placement).values()) == ["decode", "decode", "decode", "prefill"]
 
 
+def test_a_replica_whose_engine_holds_a_prompt_and_no_answer_stays_with_prefill(tmp_path: Path) -> None:
+    base = planned(tmp_path)
+    small = [each.id for each in base.replicas if each.role == "prefill"][:2]
+    work = workload(64, 96).model_copy(update={"max_prompt_tokens": 1000, "max_total_tokens": 3000})
+    of = problem(tmp_path, work)
+    memory = {"kv_cache_bytes": int(1400 * of.llm.kv_bytes_per_token)}
+    replicas = tuple(
+        each.model_copy(update={"engine": each.engine.model_copy(update=memory)})
+        if each.id in small and each.engine
+        else each
+        for each in base.replicas
+    )
+    found = recast(base.model_copy(update={"replicas": replicas}), of, roles_of(base), evaluations=200)
+    assert {roles_of(found.placement)[name] for name in small} == {"prefill"}
+    assert found.rps > found.current_rps, "others change"
+
+
+def test_what_is_served_now_counts_though_longer_requests_are_asked_for(tmp_path: Path) -> None:
+    base = planned(tmp_path)
+    work = workload(1000, 8).model_copy(update={"max_prompt_tokens": 4000, "max_total_tokens": 4050})
+    replicas = tuple(
+        each.model_copy(update={"engine": each.engine.model_copy(update={"send_tokens": 1100, "staging_tokens": 1100})})
+        for each in base.replicas
+        if each.engine
+    )
+    found = recast(
+        base.model_copy(update={"replicas": replicas}), problem(tmp_path, work), roles_of(base), evaluations=200
+    )
+    assert found.flipped == ()
+    assert found.current_rps == pytest.approx(base.throughput_rps)
+
+
 def test_roles_that_are_best_stay(tmp_path: Path) -> None:
     base = planned(tmp_path)
     found = recast(base, problem(tmp_path, workload(1000, 8)), roles_of(base), evaluations=200)

@@ -57,6 +57,8 @@ def test_what_is_planned_for_is_what_was_seen_within_the_limits_of_before() -> N
     assert (found.mean_prompt_tokens, found.mean_output_tokens, found.rate) == (200, 500, 4.0)
     assert found.ttft_s == WORK.ttft_s
     assert workload_now(PLAN, seen(num=0)).lengths == WORK.lengths
+    # Means say nothing of the longest.
+    assert (found.longest_prompt_tokens, found.longest_tokens) == (1000, 1100)
 
 
 def test_a_change_must_gain_and_pay_for_its_moves() -> None:

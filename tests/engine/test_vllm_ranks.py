@@ -77,6 +77,9 @@ async def test_unlike_ranks_hand_over_to_each_other(three_heads: VllmEngineConfi
     stages = three_heads.model_copy(update={"pipeline_parallel_size": 2, "block_size": 64})
     heads = three_heads.model_copy(update={"tensor_parallel_size": 3, "block_size": 128})
     async with running(stages, kv, "flexible") as two, running(heads, kv, "flexible") as three:
+        # As many as the stage of three layers has room for: more on the other would lie idle.
+        pages = (8 << 20) // (3 * 3 * 2 * 32 * 4 * 128)
+        assert [(each.send_pages, each.staging_pages) for each in two.ranks.hellos] == [(pages, pages)] * 2
         for workers, prompts, expected in zip(
             (joined(two, three), joined(three, two)), (PROMPTS, OTHERS), alone, strict=True
         ):

@@ -56,6 +56,20 @@ def test_one_token_goes_to_prefill_alone_and_history_to_decode_alone() -> None:
     assert (alone.way, ends(alone)) == (Way.COLOCATED, (None, "d0"))
 
 
+def test_an_answer_that_became_too_long_to_be_handed_over_goes_on_with_decode_alone() -> None:
+    fleet = Fleet(1, 2)
+    pools = {Role.PREFILL: {"send_tokens": 30}, Role.DECODE: {"staging_tokens": 40}}
+    replicas = tuple(replace(each, **pools[each.role]) for each in fleet.plan.replicas)  # type: ignore[arg-type]
+    fleet.plan = replace(fleet.plan, replicas=replicas)
+    tried = fleet.dispatch.first(GREEDY, 30)
+    assert tried.way is Way.HAND_OVER
+    lost = TryAgain(Side.DECODE, LOST)
+    assert fleet.dispatch.again(GREEDY, tried, lost, 30).way is Way.HAND_OVER
+    again = fleet.dispatch.again(GREEDY, tried, lost, 31)
+    assert again.way is Way.COLOCATED
+    assert ends(again)[1] != ends(tried)[1]
+
+
 def test_what_failed_is_passed_over_for_a_while() -> None:
     fleet = Fleet(3, 1)
     tried = fleet.dispatch.first(GREEDY)
