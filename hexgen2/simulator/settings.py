@@ -60,7 +60,7 @@ def engine_plan(planned: Planned, replica: ReplicaPlan) -> EnginePlan | None:
     if any(cpu_share(stage.gpu) is not None for stage in stages):
         # Memory of a machine that others use as well: no more than its requests can fill.
         longest = problem.workload.longest_tokens
-        least = min(least, float(sequences * longest))
+        least = min(least, float(sequences * longest + SPARE_TOKENS))
     if least < 1:
         return None
     return EnginePlan(
@@ -79,7 +79,7 @@ def _pools(planned: Planned, replica: ReplicaPlan) -> tuple[int, int]:
     change their role, holds a longest prompt where that takes little of the memory; else what is left beside the
     planned batch, and then the replica may have to keep its role.
     """
-    stages, work, whole = planned.stages(replica.id), planned.problem.workload, replica.role == COLOCATED
+    stages, work = planned.stages(replica.id), planned.problem.workload
     # Prefill's engine holds the prompt and no more of the answer than its first token.
     longest = planned.longest_prompt if replica.role == PREFILL else work.longest_tokens
     beside = SPARE_TOKENS - CHUNK_TOKENS
@@ -87,13 +87,14 @@ def _pools(planned: Planned, replica: ReplicaPlan) -> tuple[int, int]:
     spare = planned.pool_room(stages, max(longest, (replica.batch or 0) * work.mean_context_tokens) + beside)
     part = planned.kv_tokens(stages, 0) / SPARE_PART
     usual = max(planned.longest_prompt, int(min(RESERVED_BYTES / max(planned.token_bytes(stages)), part)))
-    own = 0 if whole else min(planned.pool_tokens_of(replica.id, replica.role), room - CHUNK_TOKENS)
-    own = own if whole else max(CHUNK_TOKENS, own)
+    if replica.role == COLOCATED:
+        each = usual if usual <= part and 2 * usual <= room else max(CHUNK_TOKENS, min(usual, spare // 2))
+        return each, each
+    own = max(CHUNK_TOKENS, min(planned.pool_tokens_of(replica.id, replica.role), room - CHUNK_TOKENS))
     if usual <= part and max(own, usual) + usual <= room:
         own, other = max(own, usual), usual
     else:
-        other = max(CHUNK_TOKENS, min(usual, spare // 2 if whole else spare - own))
-        own = other if whole else own
+        other = max(CHUNK_TOKENS, min(usual, spare - own))
     return (own, other) if replica.role == PREFILL else (other, own)
 
 
