@@ -40,7 +40,7 @@ install: $(INSTALLED) ## environment in .venv and all packages, no model
 demo: setup ## start everything, ask one question over gRPC and HTTP, show its trace, stop
 	@$(BIN)/hexgen2 demo
 
-# Tests run in this many processes: one for fleets, the others for the rest, which goes on with engines.
+# Tests run in this many processes: engines first in one and fleets in another, then the rest in whichever is free.
 TEST_JOBS ?= 2
 # A machine that stands still for seconds breaks deadlines, not answers: a test that ran out of time is run once more, and
 # the summary names it. Nothing else is.

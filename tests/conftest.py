@@ -20,24 +20,29 @@ _PROCESSES = (
     *("tests/chaos/", "tests/fleet/"),
     *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns"),
 )
-#: Engines alone: whichever worker has nothing else left.
+#: Engines alone. Some run in the tests' own process, which must not have loaded certificates before: vLLM looks through
+#: all that is imported, and stumbles over what CFFI makes.
 _ENGINES = ("tests/engine/test_vllm", "tests/gateway/test_vllm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, and in the end what fills any gap."""
-    items.sort(key=lambda item: any(part in item.nodeid for part in _ENGINES) - _of_processes(item.nodeid))
+    """What takes longest comes first: engines for one worker, fleets for the other."""
+    turns = {"engines": 0, "processes": 1}
+    items.sort(key=lambda item: turns.get(_scope(item.nodeid), 2))
 
 
-def _of_processes(nodeid: str) -> bool:
-    return any(part in nodeid.split("::", 1)[0] for part in _PROCESSES)
+def _scope(nodeid: str) -> str:
+    file = nodeid.split("::", 1)[0]
+    if any(part in file for part in _ENGINES):
+        return "engines"
+    return "processes" if any(part in file for part in _PROCESSES) else file
 
 
 class _Scheduling(LoadScopeScheduling):
     """A file is run by one of ``pytest -n``'s workers, and all that start processes by the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "processes" if _of_processes(nodeid) else nodeid.split("::", 1)[0]
+        return _scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
