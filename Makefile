@@ -40,7 +40,7 @@ install: $(INSTALLED) ## environment in .venv and all packages, no model
 demo: setup ## start everything, ask one question over gRPC and HTTP, show its trace, stop
 	@$(BIN)/hexgen2 demo
 
-# Tests run in this many processes: engines first in one and fleets in another, then the rest in whichever is free.
+# Tests run in this many processes: one for fleets and engines, the others for the rest.
 TEST_JOBS ?= 2
 # A machine that stands still for seconds breaks deadlines, not answers: a test that ran out of time is run once more, and
 # the summary names it. Nothing else is.
@@ -48,7 +48,7 @@ RERUN := --reruns 1 --only-rerun TimeoutError --only-rerun ReadTimeout --only-re
 
 .PHONY: test
 test: setup ## all tests
-	$(BIN)/pytest -n $(TEST_JOBS) --no-loadscope-reorder $(RERUN) $(EXAMPLES) --durations 25
+	$(BIN)/pytest -n $(TEST_JOBS) $(RERUN) $(EXAMPLES) --durations 25
 
 # `make test` looks at new random examples each time; a change is judged by the same ones whenever it is.
 .PHONY: check

@@ -18,31 +18,16 @@ settings.load_profile("untimed")
 #: them starves another.
 _PROCESSES = (
     *("tests/chaos/", "tests/fleet/"),
-    *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns"),
+    *("tests/cli/test_fleet", "tests/cli/test_planned", "tests/bench/test_netns", "/test_vllm"),
 )
-#: Engines alone. Some run in the tests' own process, which must not have loaded certificates before: vLLM looks through
-#: all that is imported, and stumbles over what CFFI makes.
-_ENGINES = ("tests/engine/test_vllm", "tests/gateway/test_vllm")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first: engines for one worker, fleets for the other."""
-    turns = {"engines": 0, "processes": 1}
-    items.sort(key=lambda item: turns.get(_scope(item.nodeid), 2))
-
-
-def _scope(nodeid: str) -> str:
-    file = nodeid.split("::", 1)[0]
-    if any(part in file for part in _ENGINES):
-        return "engines"
-    return "processes" if any(part in file for part in _PROCESSES) else file
 
 
 class _Scheduling(LoadScopeScheduling):
     """A file is run by one of ``pytest -n``'s workers, and all that start processes by the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return _scope(nodeid)
+        file = nodeid.split("::", 1)[0]
+        return "processes" if any(part in file for part in _PROCESSES) else file
 
 
 @pytest.hookimpl(optionalhook=True)
