@@ -24,8 +24,7 @@ def test_rows_for_every_stage_and_codec() -> None:
         ("exposed", "none"),
     ]
     assert {(row["transport"], row["bytes"], row["routes"]) for row in rows} == {("tcp", 4 << 20, 1)}
-    # Exposed is a difference of two times: on a busy machine a single one may be none, or less.
-    assert all(row["gb_per_s"] > 0 and row["raw_gb_per_s"] > 0 for row in rows if row["stage"] != "exposed"), rows
+    assert all(row["gb_per_s"] > 0 and row["raw_gb_per_s"] > 0 for row in rows)
 
 
 def test_targets_are_those_of_the_row() -> None:
